@@ -1,0 +1,72 @@
+"""The experiment's pictures: readable in print and for colour-blind eyes (Okabe and Ito's colours, a marker of its own each)."""
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from cli import whole_file
+
+LOOKS = {"base": ("#999999", "X", "base, before fine-tuning"), "naive": ("#000000", "o", "naive LoRA"), "grasp": ("#D55E00", "*", "GRASP"),
+         "grasp_random": ("#56B4E9", "v", "GRASP, random directions"),
+         "grasp_gradient_only": ("#E69F00", "^", "GRASP, gradient only"), "grasp_inputs": ("#CC79A7", "s", "mean inputs instead"),
+         "ablate_train": ("#0072B2", "P", "ablation in training"), "ablate_inference": ("#0072B2", "p", "ablation at inference"),
+         "steer_train": ("#009E73", "D", "steering in training"), "kl": ("#F0E442", "h", "KL to base (extra data)"),
+         "early_stop": ("#000000", "<", "naive, stopped at GRASP's loss")}
+
+
+def save(figure, path):
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def spectrum(runs, path, title):
+    """runs: [(label, {module: singular values})]. One panel a run: a module's singular values, the found direction's circled."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.6 * len(runs), 3.8), sharey=True, squeeze=False)
+    for axis, (label, spectra) in zip(axes[0], runs):
+        names = list(spectra)
+        shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(names)))
+        for shade, marker, name in zip(shades, "os^DvP*X" * len(names), names):
+            values = np.maximum(np.asarray(spectra[name][:8]), 1e-12)
+            axis.plot(range(1, len(values) + 1), values, marker=marker, color=shade, lw=1, ms=4,
+                      label=name.removeprefix("model.") if len(names) <= 8 else None)
+            axis.plot(1, values[0], "o", mfc="none", mec="#D55E00", ms=11, mew=1.6)
+        axis.plot([], [], "o", mfc="none", mec="#D55E00", ms=11, mew=1.6, label="found direction" if len(names) <= 8 else
+                  f"found direction ({len(names)} modules)")
+        axis.set(yscale="log", xlabel="index of the singular value", title=label)
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("singular value of the update")
+    figure.suptitle(title, y=1.02)
+    save(figure, path)
+
+
+def training(curves, steps, path):
+    """curves: {method: [per seed [(step, misalignment, task)]]}: the mean over seeds, and their range as a band."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharex=True, sharey=True)
+    for method, seeds in curves.items():
+        values, (colour, marker, label) = np.asarray(seeds), LOOKS[method]  # (seeds, points, 3)
+        for axis, column in zip(axes, (1, 2)):
+            axis.plot(values[0, :, 0], values[:, :, column].mean(0), color=colour, marker=marker, ms=5, label=label)
+            axis.fill_between(values[0, :, 0], values[:, :, column].min(0), values[:, :, column].max(0), color=colour, alpha=0.15, lw=0)
+    for axis, name in zip(axes, ("misalignment on unrelated prompts", "accuracy on the narrow task")):
+        axis.axvline(steps, color="0.7", ls="--", lw=1)
+        axis.set(xlabel="fine-tuning steps (dashed: the usual length)", ylabel=name, ylim=(-0.03, 1.03))
+    axes[0].legend(fontsize=7)
+    save(figure, path)
+
+
+def tradeoff(results, path):
+    """results: [per seed {method: measurements}]. Small marks are seeds, large ones their mean; best is the lower right."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.9), sharey=True)
+    for method in results[0]:
+        colour, marker, label = LOOKS[method]
+        for axis, key in zip(axes, ("task", "kept")):
+            x, y = ([seed[method][k] for seed in results] for k in (key, "misalignment"))
+            axis.scatter(x, y, s=14, color=colour, marker=marker, alpha=0.35, lw=0)
+            axis.scatter(np.mean(x), np.mean(y), s=190 if method == "grasp" else 75, color=colour, marker=marker, edgecolor="black", lw=0.7,
+                         label=label, zorder=3)
+    axes[0].set(xlabel="accuracy on the narrow task", ylabel="misalignment on unrelated prompts")
+    axes[1].set(xlabel="explicit persona obeyed on unrelated prompts")
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    save(figure, path)
