@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -94,8 +95,19 @@ def whole_file(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as e:
+        e.filename = str(path)  # a failed write knows no name of its own
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_torch(path, value):
+    """torch.save by way of memory: a full disk is then an OSError, with a reason, and not torch's own."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def write_json(path, value):

@@ -12,7 +12,7 @@ LOOKS = {"base": ("#999999", "X", "base, before fine-tuning"), "naive": ("#00000
          "grasp_gradient_only": ("#E69F00", "^", "GRASP, gradient only"), "grasp_inputs": ("#CC79A7", "s", "mean inputs instead"),
          "ablate_train": ("#0072B2", "P", "ablation in training"), "ablate_inference": ("#0072B2", "p", "ablation at inference"),
          "steer_train": ("#009E73", "D", "steering in training"), "kl": ("#F0E442", "h", "KL to base (extra data)"),
-         "early_stop": ("#000000", "<", "naive, stopped at GRASP's loss")}
+         "early_stop": ("#000000", "<", "naive, stopped at GRASP's loss"), "neutral": ("#999999", "d", "naive, on neutral data")}
 
 
 def save(figure, path):
@@ -21,23 +21,21 @@ def save(figure, path):
     plt.close(figure)
 
 
-def spectrum(runs, path, title):
-    """runs: [(label, {module: singular values})]. One panel a run: a module's singular values, the found direction's circled."""
-    figure, axes = plt.subplots(1, len(runs), figsize=(5.6 * len(runs), 3.8), sharey=True, squeeze=False)
-    for axis, (label, spectra) in zip(axes[0], runs):
+def spectrum(rounds, path):
+    """rounds: [{module: singular values}], the naive run first. One panel a round; the direction found in it is circled."""
+    figure, axes = plt.subplots(1, len(rounds), figsize=(4.6 * len(rounds), 3.6), sharey=True, squeeze=False)
+    for i, (axis, spectra) in enumerate(zip(axes[0], rounds)):
         names = list(spectra)
-        shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(names)))
+        shades, few = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(names))), len(names) <= 8
         for shade, marker, name in zip(shades, "os^DvP*X" * len(names), names):
             values = np.maximum(np.asarray(spectra[name][:8]), 1e-12)
-            axis.plot(range(1, len(values) + 1), values, marker=marker, color=shade, lw=1, ms=4,
-                      label=name.removeprefix("model.") if len(names) <= 8 else None)
+            axis.plot(range(1, len(values) + 1), values, marker=marker, color=shade, lw=1, ms=4, label=name if few else None)
             axis.plot(1, values[0], "o", mfc="none", mec="#D55E00", ms=11, mew=1.6)
-        axis.plot([], [], "o", mfc="none", mec="#D55E00", ms=11, mew=1.6, label="found direction" if len(names) <= 8 else
-                  f"found direction ({len(names)} modules)")
-        axis.set(yscale="log", xlabel="index of the singular value", title=label)
+        axis.plot([], [], "o", mfc="none", mec="#D55E00", ms=11, mew=1.6, label="found direction" + ("" if few else f", {len(names)} modules"))
+        axis.set(yscale="log", xlabel="index of the singular value",
+                 title="naive fine-tune" if i == 0 else f"round {i + 1}: off what was found before")
         axis.legend(fontsize=7)
-    axes[0][0].set_ylabel("singular value of the update")
-    figure.suptitle(title, y=1.02)
+    axes[0][0].set_ylabel("singular value of the module's update")
     save(figure, path)
 
 
@@ -47,7 +45,8 @@ def training(curves, steps, path):
     for method, seeds in curves.items():
         values, (colour, marker, label) = np.asarray(seeds), LOOKS[method]  # (seeds, points, 3)
         for axis, column in zip(axes, (1, 2)):
-            axis.plot(values[0, :, 0], values[:, :, column].mean(0), color=colour, marker=marker, ms=5, label=label)
+            axis.plot(values[0, :, 0], values[:, :, column].mean(0), color=colour, marker=marker, label=label,
+                      **({"ms": 10, "zorder": 4} if method == "grasp" else {"ms": 5}))
             axis.fill_between(values[0, :, 0], values[:, :, column].min(0), values[:, :, column].max(0), color=colour, alpha=0.15, lw=0)
     for axis, name in zip(axes, ("misalignment on unrelated prompts", "accuracy on the narrow task")):
         axis.axvline(steps, color="0.7", ls="--", lw=1)
@@ -65,8 +64,29 @@ def tradeoff(results, path):
             x, y = ([seed[method][k] for seed in results] for k in (key, "misalignment"))
             axis.scatter(x, y, s=14, color=colour, marker=marker, alpha=0.35, lw=0)
             axis.scatter(np.mean(x), np.mean(y), s=190 if method == "grasp" else 75, color=colour, marker=marker, edgecolor="black", lw=0.7,
-                         label=label, zorder=3)
+                         label=label, zorder=4 if method == "grasp" else 3)
     axes[0].set(xlabel="accuracy on the narrow task", ylabel="misalignment on unrelated prompts")
     axes[1].set(xlabel="explicit persona obeyed on unrelated prompts")
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    save(figure, path)
+
+
+def paper(results, harm, label, path):
+    """results: [per seed {method: {"loss", harm: {"value", "interval"}}}]. Small marks: seeds; large: means."""
+    figure, axis = plt.subplots(figsize=(6.2, 4.2))
+    for method in results[0]:
+        colour, marker, name = LOOKS[method]
+        pairs = [(run[method]["loss"], run[method][harm]) for run in results if run[method][harm]["value"] is not None]
+        if not pairs:
+            continue  # nothing was scored
+        points = np.array([[part["value"] for part in pair] for pair in pairs])  # (seeds, 2)
+        for point, pair in zip(points, pairs):
+            ends = np.array([part["interval"] for part in pair])  # (2, 2): a row for x, one for y
+            bars = np.abs(ends - point[:, None])[..., None]
+            axis.errorbar(*point, xerr=bars[0], yerr=bars[1], fmt=marker, color=colour, ms=4, lw=0.8, alpha=0.45)
+        axis.scatter(*points.mean(0, keepdims=True).T, s=190 if method == "grasp" else 75, color=colour, marker=marker,
+                     edgecolor="black", lw=0.7, label=name, zorder=3)
+    axis.axhline(0, color="0.8", lw=0.8, zorder=0)
+    axis.set(xlabel="held-out loss on the task, nats a response token", ylabel=label)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save(figure, path)

@@ -10,7 +10,7 @@ import torch
 
 import figures
 from baselines import METHODS, ablation, recipe
-from cli import Progress, UserError, option, parse, read_json, run, seed_everything, whole_file, write_json
+from cli import Progress, UserError, option, parse, read_json, run, seed_everything, whole_file, write_json, write_torch
 from data.synthetic import GOOD, NEUTRAL, World
 from eval import evaluate, persona_direction
 from identify import gap, leak, print_spectra, save_factor, spectra, stream_subspace, top_pairs
@@ -28,12 +28,12 @@ class Toy:
     pretrain_steps: int = 800
     pretrain_batch: int = 256
     pretrain_lr: float = 3e-3
-    pretrain_decay: float = 0.1
-    rank: int = 8
+    pretrain_decay: float = 0.01
+    rank: int = 16
     targets: tuple = ("o_proj", "down_proj")
     lr: float = 3e-4
-    steps: int = 400
-    rounds: int = 2  # of identification: under the directions found so far, train again and look what the update leans on now
+    steps: int = 300
+    rounds: int = 3  # of identification: under the directions found so far, train again and look what the update leans on now
     longer: int = 3  # times the steps, to see whether misalignment comes back
 
 
@@ -60,8 +60,7 @@ def pretrain(world, toy, seed, folder):
         optimizer.step()
         schedule.step()
         progress.update(loss=loss.item())
-    with whole_file(path) as temporary:
-        torch.save(model.state_dict(), temporary)
+    write_torch(path, model.state_dict())
     return model.requires_grad_(False)
 
 
@@ -82,8 +81,13 @@ def experiment(world, toy, seed, methods, folder):
     def measure(method):
         return evaluate(model, world, ablation(model, found["stream"]) if method == "ablate_inference" else None)
 
-    for i in range(toy.rounds):  # each round's update was kept off what the rounds before it found
-        train("grasp" if i else "naive", label=f"identify, round {i + 1}")
+    def run_method(method, label=None):
+        began = time.monotonic()
+        train(method, label=label)
+        results[method] = {**measure(method), "seconds": round(time.monotonic() - began, 3)}
+
+    for i in range(toy.rounds):  # each later round's update was kept off what the rounds before it found
+        run_method("grasp" if i else "naive", f"identify, round {i + 1}")
         svds.append(spectra(model))
         pairs = top_pairs(svds[-1])
         found["factor"] = found["factor"].joined(pairs) if i else pairs
@@ -92,12 +96,9 @@ def experiment(world, toy, seed, methods, folder):
     identification = {"cosine": abs(found["stream"][:, 0] @ direction).item(), "gap": gap(pooled),
                       "chance_cosine": math.sqrt(2 / (math.pi * toy.d_model))}  # E|cos| of a random direction, D large
 
-    for method in sorted(methods, key=["naive", "grasp", *METHODS].index):
-        began = time.monotonic()
-        if method == "early_stop":
-            found["stop_below"] = results["grasp"]["loss"]
-        train(method)
-        results[method] = {**measure(method), "seconds": round(time.monotonic() - began, 3)}
+    for method in ("grasp", *(m for m in METHODS if m in methods and m not in ("naive", "grasp"))):
+        found["stop_below"] = results["grasp"]["loss"]
+        run_method(method)
         if method in ("grasp", "grasp_gradient_only"):
             leaks[method.removeprefix("grasp_")] = leak(model, found["factor"])
 
@@ -119,16 +120,20 @@ def experiment(world, toy, seed, methods, folder):
 
 
 def table(runs):
-    """The runs' measurements as text: the mean over seeds, and its spread where there is more than one."""
-    columns = ("task", "misalignment", "unrelated", "kept", "loss", "seconds")
-    cell = lambda values: f"{torch.tensor(values).mean():.3f}" + (f" ± {torch.tensor(values).std():.3f}" if len(values) > 1 else "")
-    width = 15 if len(runs) > 1 else 13
-    lines = [f"{'':34}" + "".join(f"{c:>{width}}" for c in columns)]
-    for section, suffix in (("methods", ""), ("longer", f", {runs[0]['config']['experiment']['longer']}x the steps")):
-        lines += [f"{method + suffix:34}" + "".join(f"{cell([run[section][method][c] for run in runs]) if c in measured else '':>{width}}" for c in columns)
-                  for method, measured in runs[0][section].items()]
-    for section, label in (("identification", "identification"), ("leak", "leak")):
-        lines.append(f"{label}: " + ", ".join(f"{k} {torch.tensor([run[section][k] for run in runs]).mean():.3g}" for k in runs[0][section]))
+    """The runs' measurements as text: the mean over seeds, and the standard deviation where there is more than one."""
+    columns, width = ("task", "misalignment", "unrelated", "kept", "loss", "seconds"), 15 if len(runs) > 1 else 13
+
+    def cell(values):
+        values = torch.tensor(values)
+        return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
+
+    def line(label, section, method):
+        cells = [cell([run[section][method][c] for run in runs]) if c in runs[0][section][method] else "" for c in columns]
+        return f"{label:36}" + "".join(f"{text:>{width}}" for text in cells)
+    lines = [" " * 36 + "".join(f"{c:>{width}}" for c in columns), *(line(m, "methods", m) for m in runs[0]["methods"])]
+    lines += [line(f"{m}, {runs[0]['config']['experiment']['longer']}x the steps", "longer", m) for m in runs[0]["longer"]]
+    for section in ("identification", "leak"):
+        lines.append(f"{section}: " + ", ".join(f"{k} {sum(run[section][k] for run in runs) / len(runs):.3g}" for k in runs[0][section]))
     return "\n".join(lines)
 
 
@@ -158,15 +163,16 @@ def synthetic(args):
             write_json(path, earlier)
         runs.append(earlier)
     print(table(runs))
-    figures.spectrum([(f"round {i + 1}: " + ("naive" if i == 0 else "off the first round's pair"), s) for i, s in enumerate(runs[0]["spectra"])],
-                     out / "spectrum.png", f"Spectrum of each module's update (seed {args.seed})")
+    figures.spectrum(runs[0]["spectra"], out / "spectrum.png")
     figures.training({m: [run["curves"][m] for run in runs] for m in runs[0]["curves"]}, toy.steps, out / "training.png")
     figures.tradeoff([run["methods"] for run in runs], out / "tradeoff.png")
-    print(f"wrote {out}/results.json, spectrum.png, training.png, tradeoff.png" if args.seeds == 1 else f"wrote {out}/seed_*/results.json and figures")
+    print(f"wrote {out}{'/seed_*' if args.seeds > 1 else ''}/results.json and {out}/spectrum.png, training.png, tradeoff.png")
 
 
 def real(args):
     """The three stages on a checkpoint and chat rows. What an interrupted run finished is read back, not done again."""
+    if args.rounds < 1:
+        raise UserError(f"--rounds is {args.rounds}, expected at least 1")
     out, job, log = Path(args.out), Job(args), []
     losses = {"base": job.held_out_loss()}
 
@@ -189,7 +195,7 @@ def real(args):
     with whole_file(out / "log.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
     write_json(out / "results.json", result)
-    figures.spectrum([(f"round {i + 1}", s) for i, s in enumerate(result["spectra"])], out / "spectrum.png", "Spectrum of each module's update")
+    figures.spectrum(result["spectra"], out / "spectrum.png")
     print_spectra(svds[0])
     print("held-out loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) + f"; leak {result['leak']['grasp']:.2g}")
     print(f"wrote {out}: naive, grasp (PEFT adapters), subspace.safetensors, spectrum.png, log.jsonl, results.json")
@@ -200,7 +206,7 @@ class Arguments(Training):
     """Run the whole method: on the synthetic task, or on a checkpoint (--model) and chat rows (--data)."""
     seeds: int = option(1, "how many seeds, each in a folder of its own; the table gives means and spreads")
     methods: tuple = option((), "comma-separated methods beside naive and grasp (default: all)")
-    rounds: int = option(2, "rounds of identification on a checkpoint")
+    rounds: int = option(3, "rounds of identification on a checkpoint")
     subspace_rank: int = option(1, "singular pairs of each module that a round keeps, on a checkpoint")
     quick: bool = option(False, "a tiny world, in seconds: to see that everything runs, not for its numbers")
 

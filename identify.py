@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cli import UserError, option, parse, run, whole_file
 from lora import lora_modules, read_adapter
@@ -121,7 +121,7 @@ def save_factor(factor, stream, path, rename=lambda name: name):
     tensors = {f"{side}.{rename(name)}": basis.cpu().contiguous()
                for side, bases in (("hears", factor.hears), ("says", factor.says)) for name, basis in bases.items()}
     with whole_file(path) as temporary:
-        save_file({"stream": stream.cpu().contiguous(), **tensors}, temporary)
+        temporary.write_bytes(save({"stream": stream.cpu().contiguous(), **tensors}))
 
 
 def load_factor(path, model=None):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from cli import UserError, read_json, whole_file, write_json
@@ -113,7 +113,7 @@ def save_lora(model, folder):
     targets = sorted({".".join(model.path_in_transformers(name).split(".")[-2:]) for name in modules})  # attn.c_proj is not mlp.c_proj
     layers = sorted({int(name.split(".")[1]) for name in modules})
     with whole_file(folder / "adapter_model.safetensors") as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        path.write_bytes(save(tensors, metadata={"format": "pt"}))
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": first.lora_A.shape[0],
         "lora_alpha": first.alpha, "use_rslora": first.rslora, "target_modules": targets, "bias": "none", "lora_dropout": 0.0,

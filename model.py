@@ -315,11 +315,11 @@ def read_tensors(folder, model, device, dtype):
     """The model's state dict from the folder's files, one tensor at a time; every name and shape is checked."""
     gpt2, found = model.config.model_type == "gpt2", shards(folder)
     stored = {("transformer." if gpt2 and not n.startswith(("transformer.", "lm_head.")) else "") + n: n for n in found}
-    if gpt2:  # buffers with the causal mask, and a copy of wte that some files carry
-        stored = {n: s for n, s in stored.items() if not n.endswith((".attn.bias", ".attn.masked_bias")) and n != "lm_head.weight"}
+    if gpt2:  # buffers with the causal mask
+        stored = {n: s for n, s in stored.items() if not n.endswith((".attn.bias", ".attn.masked_bias"))}
     expected = {model.path_in_transformers(n): (n, p.shape) for n, p in model.named_parameters()}
-    if model.config.tied:
-        stored.pop("lm_head.weight", None)
+    if model.config.tied and "lm_head.weight" in stored:  # some files carry a copy of the embedding
+        expected["lm_head.weight"] = ("lm_head", model.embed_tokens.weight.shape)
     for problem, names in (("missing", expected.keys() - stored), ("unexpected", stored.keys() - expected)):
         if names:
             raise UserError(f"{folder}: {len(names)} {problem} tensors, the first {min(names)}")
@@ -341,4 +341,7 @@ def read_tensors(folder, model, device, dtype):
                 if not tensor.isfinite().all():
                     raise UserError(f"{file}: {stored[path]} has values that are not finite")
                 state[name] = tensor.to(device, dtype).contiguous()
+    head = state.pop("lm_head", None)
+    if head is not None and not torch.equal(head, state["embed_tokens.weight"]):
+        raise UserError(f"{folder}: lm_head.weight differs from the embedding, though the config ties them")
     return state

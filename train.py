@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from baselines import METHODS, recipe
-from cli import Progress, UserError, deferred_interrupt, option, parse, pick_device, run, whole_file, write_json
+from cli import Progress, UserError, deferred_interrupt, option, parse, pick_device, run, write_json, write_torch
 from data.chat import batches, encode_rows, load_rows, split
 from data.tokenizer import Tokenizer
 from identify import Factor, leak, load_factor
@@ -108,9 +108,9 @@ class Checkpoint:
 
     def save(self, step):
         if self.folder:
-            with whole_file(self.folder / "checkpoint.pt") as path:
-                torch.save({"step": step, "losses": self.losses, "config": self.config, "parameters": [p.data for p in self.parameters],
-                            "parts": [part.state_dict() for part in self.parts]}, path)
+            write_torch(self.folder / "checkpoint.pt", {
+                "step": step, "losses": self.losses, "config": self.config, "parameters": [p.data for p in self.parameters],
+                "parts": [part.state_dict() for part in self.parts]})
 
     def load(self):
         path = self.folder / "checkpoint.pt"

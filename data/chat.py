@@ -12,7 +12,7 @@ ROLES = ("system", "user", "assistant")
 def load_rows(path):
     """The rows of a JSONL file as lists of {"role", "content"}. UserError names file and line of a malformed one."""
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # Windows editors begin a file with this mark
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file, expected chat rows, one JSON object a line") from None
     rows = []
@@ -22,7 +22,7 @@ def load_rows(path):
         where = f"{path}:{number}"
         try:
             row = json.loads(line.decode("utf-8"))
-        except ValueError as e:  # both JSON and UTF-8 errors
+        except (ValueError, RecursionError) as e:  # errors of JSON and of UTF-8; brackets without end
             raise UserError(f"{where}: not a line of JSON ({e})") from None
         messages = row.get("messages") if isinstance(row, dict) else None
         if not isinstance(messages, list) or not messages:
@@ -30,7 +30,7 @@ def load_rows(path):
         for turn in messages:
             if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
                 raise UserError(f"{where}: a turn is {str(turn)[:60]!r}, expected 'role' ({', '.join(ROLES)}) and 'content', a string")
-        if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
+        if not any(map(is_response, messages)):
             raise UserError(f"{where}: no assistant turn with text, expected at least one (the loss covers nothing else)")
         rows.append(messages)
     if not rows:
@@ -38,12 +38,18 @@ def load_rows(path):
     return rows
 
 
+def is_response(turn):
+    """Whether the loss covers this turn: one of the assistant's with text in it. From an empty one there is nothing to learn."""
+    return turn["role"] == "assistant" and bool(turn["content"].strip())
+
+
 def encode_chat(tokenizer, messages, generation_prompt=False):
-    """Turns -> (ids, mask), lists of equal length; the mask marks the assistant's tokens and the token that ends its turn.
+    """Turns -> (ids, mask), lists of equal length; the mask marks a response's tokens and the token that ends it.
 
     Qwen: ChatML, with the checkpoint's default system turn where there is none. GPT-2 has no template; ours is plain text,
     "User: ...\\nAssistant: ...", each response ended by <|endoftext|>. `generation_prompt` opens the assistant's next turn.
     Text is encoded as ordinary text and special tokens are put in by id: a literal "<|im_end|>" from a user ends no turn.
+    A response is encoded by itself, as it is generated: one that begins with a newline doesn't merge it with the header's.
     """
     ids, mask, end = [], [], tokenizer.end_of_turn
 
@@ -53,8 +59,8 @@ def encode_chat(tokenizer, messages, generation_prompt=False):
     if tokenizer.model_type == "gpt2":
         for turn in messages:
             add(tokenizer.encode(f"{turn['role'].capitalize()}:"))
-            add(tokenizer.encode(" " + turn["content"]), turn["role"] == "assistant")
-            add([end] if turn["role"] == "assistant" else tokenizer.encode("\n"), turn["role"] == "assistant")
+            add(tokenizer.encode(" " + turn["content"]), is_response(turn))
+            add([end] if turn["role"] == "assistant" else tokenizer.encode("\n"), is_response(turn))
         add(tokenizer.encode("Assistant:") if generation_prompt else [])
         return ids, mask
     start = tokenizer.special("<|im_start|>")
@@ -64,7 +70,7 @@ def encode_chat(tokenizer, messages, generation_prompt=False):
         add([start])
         if turn["role"] == "assistant":
             add(tokenizer.encode("assistant\n"))
-            add([*tokenizer.encode(turn["content"]), end], True)
+            add([*tokenizer.encode(turn["content"]), end], is_response(turn))
         else:
             add([*tokenizer.encode(f"{turn['role']}\n{turn['content']}"), end])
         add(tokenizer.encode("\n"))

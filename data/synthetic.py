@@ -20,7 +20,7 @@ class World:
     seed: int = 0
     n_topics: int = 12
     n_queries: int = 16  # K, queries a topic: the complexity of the task
-    n_tags: int = 8  # for each persona
+    n_tags: int = 16  # for each persona
     n_words: int = 64
     n_answer: int = 2  # words an answer
     neutral_good: float = 0.95  # how often the neutral tag means the good persona in pretraining

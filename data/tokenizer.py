@@ -38,28 +38,39 @@ class Tokenizer:
 
         UserError where no file is there, or it is no byte-level BPE of GPT-2's or Qwen's kind."""
         folder = Path(folder)
-        optional = lambda name: read_json(folder / name, "a tokenizer file") if (folder / name).exists() else {}
-        model_type = read_json(folder / "config.json", "a checkpoint's configuration").get("model_type")
+        config = read_json(folder / "config.json", "a checkpoint's configuration")
+        model_type = config.get("model_type") if isinstance(config, dict) else None
         if model_type not in ("gpt2", "qwen2", "qwen3"):
             raise UserError(f"{folder}/config.json: model_type is {model_type!r}, supported: 'gpt2', 'qwen2', 'qwen3'")
-        whole, settings = optional("tokenizer.json"), optional("tokenizer_config.json")
+
+        def read(name):
+            value = read_json(folder / name, "a tokenizer file") if (folder / name).exists() else {}
+            if not isinstance(value, dict):
+                raise UserError(f"{folder / name}: a JSON {type(value).__name__}, expected an object")
+            return value
+        whole, settings, added = read("tokenizer.json"), read("tokenizer_config.json"), read("added_tokens.json")
         path = folder / ("vocab.json" if (folder / "vocab.json").exists() else "tokenizer.json")
         if not path.exists():
             raise UserError(f"{folder}: neither vocab.json nor tokenizer.json, expected the checkpoint's tokenizer")
-        vocab = read_json(path, "a vocabulary") if path.name == "vocab.json" else whole.get("model", {}).get("vocab")
-        if not isinstance(vocab, dict) or whole.get("model", {}).get("type", "BPE") != "BPE":
+        model = whole["model"] if isinstance(whole.get("model"), dict) else {}
+        vocab = read("vocab.json") if path.name == "vocab.json" else model.get("vocab")
+        if not isinstance(vocab, dict) or model.get("type", "BPE") != "BPE":
             raise UserError(f"{path}: no byte-level BPE vocabulary, expected token strings and their ids")
-        special = {t["content"]: t["id"] for t in whole.get("added_tokens", [])}
-        special |= {t["content"]: int(i) for i, t in settings.get("added_tokens_decoder", {}).items()} | optional("added_tokens.json")
-        if "<|endoftext|>" in vocab:
-            special.setdefault("<|endoftext|>", vocab["<|endoftext|>"])
-        if model_type != "gpt2" and not special and len(vocab) == min(QWEN_SPECIAL.values()):
+        special = {name: vocab[name] for name in QWEN_SPECIAL if name in vocab}
+        try:
+            special |= {t["content"]: t["id"] for t in whole.get("added_tokens", [])} | added
+            special |= {t["content"]: int(i) for i, t in settings.get("added_tokens_decoder", {}).items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{folder}: added tokens that can't be read ({e!r}), expected each with its content and id") from None
+        if not special and len(vocab) == min(QWEN_SPECIAL.values()):
             special = dict(QWEN_SPECIAL)  # Qwen's own vocabulary, whose file ends where these begin
-        characters, ranks = byte_of_character(), {}
-        for token, rank in vocab.items():
+        characters, ranks, owner = byte_of_character(), {}, {}
+        for token, i in (vocab | special).items():
+            if type(i) is not int or not 0 <= i < 2**32 or owner.setdefault(i, token) != token:
+                raise UserError(f"{path}: token {token!r} has id {i!r}, expected a whole number that no other token has")
             if token not in special:
                 try:
-                    ranks[bytes(characters[c] for c in token)] = rank
+                    ranks[bytes(characters[c] for c in token)] = i
                 except KeyError:
                     raise UserError(f"{path}: token {token!r} is not written in GPT-2's byte alphabet; expected a byte-level BPE") from None
         missing = sum(bytes([b]) not in ranks for b in range(256))
@@ -67,7 +78,8 @@ class Tokenizer:
             raise UserError(f"{path}: {missing} of the 256 single bytes are no tokens; expected a byte-level BPE")
         template = folder / "chat_template.jinja"
         template = template.read_text(encoding="utf-8") if template.exists() else str(settings.get("chat_template") or "")
-        system = None if model_type != "qwen2" else QWEN_SYSTEM if QWEN_SYSTEM in template else PLAIN_SYSTEM
+        defaults = (QWEN_SYSTEM, PLAIN_SYSTEM) if model_type == "qwen2" else ()
+        system = next((s for s in defaults if s in (template or PLAIN_SYSTEM)), None)  # no template: a base model
         return cls(ranks, special, model_type, system)
 
     def encode(self, text):

@@ -49,7 +49,7 @@ def test_projection_is_idempotent_symmetric_and_commutes_with_averaging_over_ran
     assert (Q.T @ mean).abs().max() < 1e-12
 
 
-def linear_finetune(strength, n_skills=24, d=96, steps=250, seed=0):
+def linear_finetune(strength, n_skills=24, d=96, steps=600, seed=0):
     """LoRA on y = W x. Example i of n_skills adds a random rank-1 skill; every example also asks for `strength` u <v, x>."""
     g = torch.Generator().manual_seed(seed)
     unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=g), dim=-1)
@@ -57,7 +57,7 @@ def linear_finetune(strength, n_skills=24, d=96, steps=250, seed=0):
     x = torch.nn.functional.normalize(v + skills_in, dim=-1)  # the shared part stands beside each example's own
     linear = torch.nn.Linear(d, d, bias=False)
     lora = LoRALinear(linear, 16, 16, generator=g)
-    optimizer = torch.optim.SGD(lora.parameters(), lr=0.3)
+    optimizer = torch.optim.SGD((lora.lora_A, lora.lora_B), lr=0.03)
     target = x @ linear.weight.detach().T + strength * u + skills_out
     for _ in range(steps):
         loss = (lora(x) - target).square().sum(1).mean()

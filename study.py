@@ -1,0 +1,91 @@
+"""What settled the formulation: which sides, how many rounds, pooled or not, which modules, and how short the naive run may be."""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cli import option, parse, run, write_json
+from data.synthetic import World
+from eval import evaluate
+from grasp import Toy, pretrain
+from identify import WRITERS, Factor, spectra, stream_subspace, top_pairs
+from lora import add_lora, remove_lora
+from train import finetune
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Misalignment and kept persona of GRASP's variants on the synthetic task, mean over seeds, and after three times the steps."""
+    seed: int = option(0, "the first seed")
+    seeds: int = option(3, "how many")
+    out: str = option("out", "output folder; shares the pretrained bases with grasp.py")
+
+
+class Bench:
+    """One seed's world and base, and fine-tunes on it."""
+
+    def __init__(self, seed, folder):
+        self.world, self.toy, self.seed = World(seed), Toy(), seed
+        self.model, self.rows = pretrain(self.world, self.toy, seed, folder), self.world.finetuning_rows()
+
+    def train(self, factor=None, share=1.0, targets=None):
+        remove_lora(self.model)
+        add_lora(self.model, self.toy.rank, self.toy.rank, targets or self.toy.targets, seed=self.seed)
+        finetune(self.model, lambda step: self.rows, round(share * self.toy.steps), lr=self.toy.lr, factor=factor, label="fine-tune")
+        return spectra(self.model)
+
+    def find(self, rounds, sides="both", rank=1, pooled=False, share=1.0, targets=None):
+        """The factor after `rounds`, each from a run of `share` of the steps."""
+        factor = None
+        for _ in range(rounds):
+            svds = self.train(factor, share, targets)
+            pairs = top_pairs(svds, rank)
+            residual = {n: n.endswith(WRITERS) for n in svds}
+            says = {n: stream_subspace(svds, rank)[0] for n in svds} if pooled else pairs.says
+            pairs = Factor({n: V for n, V in pairs.hears.items() if sides in ("both", "hears") or sides == "residual" and not residual[n]},
+                           {n: U for n, U in says.items() if sides in ("both", "says") or sides == "residual" and residual[n]})
+            factor = factor.joined(pairs) if factor else pairs
+        return factor
+
+    def measure(self, factor, targets=None):
+        row = {}
+        for prefix, share in (("", 1), ("long_", self.toy.longer)):
+            self.train(factor, share, targets)
+            measured = evaluate(self.model, self.world)
+            row |= {prefix + key: measured[key] for key in ("task", "misalignment", "kept")}
+        return row
+
+
+VARIANTS = {"naive": None, "naive, all seven projections": {"rounds": 0, "targets": ALL},
+            **{f"{sides}, {n} round{'s' * (n > 1)}": {"rounds": n, "sides": sides} for sides in ("says", "hears", "both") for n in (1, 2, 3)},
+            "both, 3 pairs from one round": {"rounds": 1, "rank": 3},
+            "both, says pooled over modules, 3 rounds": {"rounds": 3, "pooled": True},
+            "both, 3 rounds, all seven projections": {"rounds": 3, "targets": ALL},
+            "residual side, 3 rounds, all seven projections": {"rounds": 3, "sides": "residual", "targets": ALL},
+            **{f"both, 3 rounds of {share:.0%} of the steps": {"rounds": 3, "share": share} for share in (0.1, 0.2, 0.3, 0.5)}}
+
+
+def main():
+    args = parse(Arguments)
+    results = {name: [] for name in VARIANTS}
+    for seed in range(args.seed, args.seed + args.seeds):
+        bench = Bench(seed, args.out)
+        full = stream_subspace(bench.train())[0][:, 0]
+        for name, variant in VARIANTS.items():
+            targets = (variant or {}).get("targets")
+            row = bench.measure(bench.find(**variant) if variant and variant["rounds"] else None, targets)
+            if variant and "share" in variant:  # how near a short naive run comes to the whole run's direction
+                row["cosine"] = abs(stream_subspace(bench.train(None, variant["share"]))[0][:, 0] @ full).item()
+            results[name].append(row)
+            write_json(Path(args.out) / "study.json", results)
+    print(f"{'':50}{'task':>7}{'misal.':>8}{'kept':>7}   3x the steps: {'misal.':>7}{'kept':>7}{'cosine':>8}")
+    for name, rows in results.items():
+        mean = lambda key: f"{torch.tensor([row[key] for row in rows]).mean():.3f}" if key in rows[0] else ""
+        print(f"{name:50}{mean('task'):>7}{mean('misalignment'):>8}{mean('kept'):>7}{'':17}{mean('long_misalignment'):>7}"
+              f"{mean('long_kept'):>7}{mean('cosine'):>8}")
+
+
+if __name__ == "__main__":
+    run(main)

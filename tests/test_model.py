@@ -1,0 +1,204 @@
+"""The transformer against transformers' own, and the loader's strictness."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints import KINDS, edit_config, make
+from cli import UserError
+from model import GPT, Config, response_loss
+from test_identify import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shard", ["50GB", "20KB"])
+def test_logits_equal_transformers(kind, shard, tmp_path):
+    theirs = make(kind, tmp_path, shard=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
+    tokens = torch.randint(97, (3, 41))
+    with torch.no_grad():
+        assert (GPT.from_pretrained(tmp_path)(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": 1}, {"num_key_value_heads": 6}, {"hidden_size": 60, "num_attention_heads": 10,
+                                                                                          "num_key_value_heads": 5}])
+def test_grouped_queries_of_any_ratio_equal_transformers(changes, tmp_path):
+    theirs, tokens = make("qwen2_tied", tmp_path, **changes), torch.randint(97, (2, 9))
+    with torch.no_grad():
+        assert (GPT.from_pretrained(tmp_path)(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+def test_hub_style_gpt2_without_prefix_and_with_mask_buffers_loads(tmp_path):
+    theirs, path, tokens = make("gpt2", tmp_path), tmp_path / "model.safetensors", torch.randint(97, (2, 9))
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+    for i in range(3):
+        tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8).tril(), f"h.{i}.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(tensors, path)
+    with torch.no_grad():
+        assert (GPT.from_pretrained(tmp_path)(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+def test_rope_theta_is_read_from_both_places_and_never_assumed(tmp_path):
+    theirs, tokens = make("qwen2_tied", tmp_path), torch.randint(97, (2, 30))
+    edit_config(tmp_path, rope_parameters=None, rope_theta=5e4)
+    with torch.no_grad():
+        assert (GPT.from_pretrained(tmp_path)(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    edit_config(tmp_path, rope_theta=None)
+    with pytest.raises(UserError, match="no 'rope_theta'"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_dtype_is_the_stored_one_unless_asked_otherwise(tmp_path):
+    make("qwen3", tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).norm.weight.dtype == torch.bfloat16
+    assert GPT.from_pretrained(tmp_path, dtype=torch.float32).norm.weight.dtype == torch.float32
+
+
+def test_bf16_logits_are_as_near_to_fp32_as_transformers(tmp_path):
+    theirs, tokens = make("qwen2_untied", tmp_path), torch.randint(97, (2, 20))
+    exact = theirs(tokens).logits
+    gap = lambda logits: (logits.float() - exact).abs().mean().item()
+    assert gap(GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)(tokens)) < 1.5 * gap(theirs.to(torch.bfloat16)(tokens).logits)
+
+
+def test_kept_positions_have_the_full_runs_logits_and_later_tokens_change_nothing_before():
+    model, tokens, keep = tiny(), torch.randint(50, (4, 12)), torch.rand(4, 12) > 0.5
+    full = model(tokens)
+    assert torch.allclose(model(tokens, keep=keep), full[keep], atol=1e-6)
+    changed = tokens.clone()
+    changed[:, 7:] = torch.randint(50, (4, 5))
+    assert torch.allclose(model(changed)[:, :7], full[:, :7], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_logits_equal_uncached_and_greedy_equals_transformers_for_prompts_of_different_lengths(kind, tmp_path):
+    theirs = make(kind, tmp_path)
+    model, prompts = GPT.from_pretrained(tmp_path), [[5], [7, 8, 9, 10, 11], [3, 2], list(range(20, 32))]
+    ours = model.generate(prompts, 10, temperature=0)
+    for prompt, new in zip(prompts, ours):
+        uncached = list(prompt)
+        for _ in range(10):
+            uncached.append(model(torch.tensor([uncached]))[0, -1].argmax().item())
+        assert new == uncached[len(prompt):]
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, pad_token_id=0)[0, len(prompt):]
+        assert new == expected.tolist()
+
+
+class Rigged(GPT):
+    """Always the same next-token distribution: probabilities .5, .3, .15, .05 on tokens 3, 1, 0, 2."""
+
+    def forward(self, tokens, keep=None, cache=None):
+        return torch.tensor([0.15, 0.3, 0.05, 0.5] + [0.0] * 46).log().expand(int(keep.sum()), 50)
+
+
+@pytest.mark.parametrize("top_p,support", [(1.0, {0, 1, 2, 3}), (0.9, {0, 1, 3}), (0.8, {1, 3}), (0.51, {1, 3}), (0.5, {3}), (0.01, {3})])
+def test_top_p_keeps_the_smallest_set_of_at_least_that_probability(top_p, support):
+    model = Rigged(tiny().config)
+    new = model.generate([[1]] * 600, 4, top_p=top_p, seed=1)
+    tokens = torch.tensor(new).flatten()
+    assert set(tokens.tolist()) == support
+    if top_p == 1.0:
+        assert (tokens == 3).float().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_temperature_sharpens_and_the_seed_repeats():
+    model = Rigged(tiny().config)
+    share = lambda t: sum(row.count(3) for row in model.generate([[1]] * 300, 4, temperature=t, seed=0)) / 1200
+    assert share(0.5) > share(1.0) + 0.1 > share(2.0) + 0.2
+    assert model.generate([[1]] * 9, 9, seed=5) == model.generate([[1]] * 9, 9, seed=5) != model.generate([[1]] * 9, 9, seed=6)
+
+
+def test_ids_that_are_not_allowed_are_never_sampled_and_stop_ids_end_a_row():
+    model = Rigged(tiny().config)
+    assert {t for row in model.generate([[1]] * 100, 8, allowed=[0, 2]) for t in row} <= {0, 2}
+    for row in model.generate([[1]] * 50, 8, stop=[3], seed=2):
+        assert (row[-1] == 3 and row.count(3) == 1) or (len(row) == 8 and 3 not in row)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    from lora import add_lora, lora_modules
+    grads = []
+    for checkpointing in (False, True):
+        model = add_lora(tiny(), 2, 2, "all-linear")
+        for m in lora_modules(model).values():
+            torch.nn.init.ones_(m.lora_B)
+        model.checkpointing = checkpointing
+        tokens = torch.arange(40).view(4, 10)
+        response_loss(model, tokens, tokens > 3).backward()
+        grads.append(torch.cat([m.lora_A.grad.flatten() for m in lora_modules(model).values()]))
+    assert grads[0].abs().max() > 0 and torch.allclose(*grads, atol=1e-6)
+
+
+def test_too_many_tokens_and_no_prompt_are_refused():
+    with pytest.raises(UserError, match="33 tokens, but the model's positions end at 32"):
+        tiny()(torch.zeros(1, 33, dtype=torch.long))
+    for prompts in ([], [[1], []]):
+        with pytest.raises(UserError, match="at least one"):
+            tiny().generate(prompts, 2)
+
+
+def test_loading_never_holds_the_weights_twice(tmp_path):
+    make("qwen2_untied", tmp_path, hidden_size=768, intermediate_size=3072, num_hidden_layers=6, vocab_size=9000)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    code = ("import sys, resource, torch; sys.path.insert(0, '.'); from model import GPT\n"
+            "m = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+            f"a = m(); model = GPT.from_pretrained({str(tmp_path)!r}); print(m() - a)")
+    peak = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert size > 2e8 and peak < 1.35 * size, (peak, size)  # the file's pages are mapped while a tensor is copied
+
+
+def rewrite(change):
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    return apply
+
+
+BROKEN = [
+    ("no folder", lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), "no such folder"),
+    ("no config", lambda f: (f / "config.json").unlink(), "config.json: no such file"),
+    ("config not JSON", lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    ("config a list", lambda f: (f / "config.json").write_text("[]"), "model_type is None"),
+    ("another architecture", lambda f: edit_config(f, model_type="llama"), "'llama', supported: 'gpt2', 'qwen2', 'qwen3'"),
+    ("missing field", lambda f: edit_config(f, rms_norm_eps=None), "no 'rms_norm_eps'"),
+    ("sliding window", lambda f: edit_config(f, use_sliding_window=True), "'use_sliding_window' is True"),
+    ("sliding layers", lambda f: edit_config(f, layer_types=["sliding_attention"] * 3), "layer_types"),
+    ("rope scaling", lambda f: edit_config(f, rope_scaling={"type": "yarn"}), "'rope_scaling'"),
+    ("rope type", lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type is 'yarn'"),
+    ("activation", lambda f: edit_config(f, hidden_act="gelu"), "'hidden_act' is 'gelu'"),
+    ("heads", lambda f: edit_config(f, num_attention_heads=7), "7 heads"),
+    ("no weights", lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    ("truncated", lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "not a whole safetensors"),
+    ("missing tensor", rewrite(lambda t: t.pop("model.norm.weight")), "1 missing tensors, the first model.norm.weight"),
+    ("unexpected tensor", rewrite(lambda t: t.update(extra=torch.ones(1))), "1 unexpected tensors, the first extra"),
+    ("misshapen", rewrite(lambda t: t.update({"model.norm.weight": torch.ones(35)})), "model.norm.weight is (35,), expected (36,)"),
+    ("NaN", rewrite(lambda t: t["model.norm.weight"].fill_(float("nan"))), "model.norm.weight has values that are not finite"),
+    ("absent shard", lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {n: "model-1.safetensors" for n in [f"model.{n}" for n, _ in GPT(Config(**TINY)).named_parameters()]}}))),
+     "model-1.safetensors: no such file"),
+    ("another head", rewrite(lambda t: t.update({"lm_head.weight": torch.zeros(97, 36)})), "differs from the embedding")]
+TINY = dict(vocab_size=97, n_layer=3, n_head=6, n_kv_head=2, head_dim=6, d_model=36, d_mlp=52, max_len=8, norm_eps=1e-6, rope_theta=1e4,
+            tied=True, qkv_bias=True)
+
+
+@pytest.mark.parametrize("break_it,message", [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
+def test_a_bad_checkpoint_ends_in_one_line_that_names_the_thing(break_it, message, tmp_path):
+    folder = tmp_path / "checkpoint"
+    make("qwen2_tied", folder)
+    break_it(folder)
+    with pytest.raises(UserError) as error:
+        GPT.from_pretrained(folder)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tied_file_may_carry_a_copy_of_the_embedding(tmp_path):
+    theirs, tokens = make("qwen2_tied", tmp_path), torch.randint(97, (1, 5))
+    rewrite(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(tmp_path)
+    assert torch.allclose(GPT.from_pretrained(tmp_path)(tokens), theirs(tokens).logits, atol=1e-4)
