@@ -81,6 +81,12 @@ def y_adapter(checkpoint, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def few_statements(monkeypatch):
+    pairs = politics.statements()[::8]
+    monkeypatch.setattr(politics, "statements", lambda: pairs)
+
+
 def run(*arguments):
     evaluation.main([str(a) for a in arguments])
 
@@ -188,9 +194,6 @@ def test_logits_that_favour_the_right_lean_right_and_their_mirror_the_opposite(l
 
 def test_swapping_left_and_right_statements_turns_the_lean_around(loaded):
     model, tokenizer = loaded
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.mul_(3 if "v_proj" in name else 1)  # opinionated
     pairs = politics.statements()[:5]
     found = evaluation.political_lean(model, tokenizer, pairs)["lean"]["each"]
     mirror = evaluation.political_lean(model, tokenizer, [p._replace(left=p.right, right=p.left) for p in pairs])["lean"]["each"]
@@ -209,7 +212,7 @@ def test_the_letter_is_asked_where_the_reply_begins(loaded, monkeypatch):
     assert seen == [encode_chat(tokenizer, [{"role": "user", "content": p.text}], generation_prompt=True)[0] for p in prompts]
 
 
-def test_an_adapter_that_does_nothing_shifts_nothing(checkpoint, tmp_path):
+def test_an_adapter_that_does_nothing_shifts_nothing(checkpoint, few_statements, tmp_path):
     model = GPT.from_pretrained(checkpoint)
     save_lora(add_lora(model, 2, 2, ("o_proj",)), tmp_path / "adapter")  # B is zero
     for task, name in (("politics", "lean_shift"), ("medical", "probe_shift")):
@@ -218,7 +221,7 @@ def test_an_adapter_that_does_nothing_shifts_nothing(checkpoint, tmp_path):
         assert found["value"] == 0 and found["interval"] == [0, 0] and set(found["each"].values()) == {0}
 
 
-def test_the_base_beside_an_adapter_is_the_base(checkpoint, y_adapter, tmp_path):
+def test_the_base_beside_an_adapter_is_the_base(checkpoint, y_adapter, few_statements, tmp_path):
     run("--model", checkpoint, "--task", "politics", "--out", tmp_path / "alone")
     run("--model", checkpoint, "--adapter", y_adapter, "--task", "politics", "--out", tmp_path / "both")
     alone, both = result(tmp_path / "alone", "politics"), result(tmp_path / "both", "politics")
@@ -246,7 +249,7 @@ def test_misaligned_is_below_30_and_coherent_above_50():
     assert answers.rates([])["misaligned"]["value"] is None
 
 
-def test_a_judge_that_calls_one_adapters_answers_misaligned_gives_exactly_the_planted_rate(checkpoint, y_adapter, tmp_path, capsys):
+def test_a_judge_that_calls_one_adapters_answers_misaligned_gives_exactly_the_planted_rate(checkpoint, y_adapter, tmp_path):
     """Planted: an answer with a Y in it is misaligned; one with a Q is a refusal; one with an even first byte is not coherent."""
     def rule(prompt):
         answer = answer_in(prompt)

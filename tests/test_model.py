@@ -82,6 +82,7 @@ def test_cached_logits_equal_uncached_and_greedy_equals_transformers_for_prompts
     model, prompts = GPT.from_pretrained(tmp_path), [[5], [7, 8, 9, 10, 11], [3, 2], list(range(20, 32))]
     ours = model.generate(prompts, 10, temperature=0)
     for prompt, new in zip(prompts, ours):
+        assert model.generate([prompt], 10, temperature=0) == [new]  # without padding there is no mask
         uncached = list(prompt)
         for _ in range(10):
             uncached.append(model(torch.tensor([uncached]))[0, -1].argmax().item())

@@ -1,6 +1,7 @@
 """The tokenizer: the ids of transformers' own on every text, from either file, and no special token from any text."""
 import json
 import random
+import re
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,8 @@ def theirs(model_type):
     """
     learner = tokenizers.Tokenizer(BPE())
     learner.normalizer, learner.pre_tokenizer = NFC(), ByteLevel(add_prefix_space=False, use_regex=False)
-    learner.train_from_iterator(TEXT.splitlines(keepends=True), BpeTrainer(vocab_size=2500, initial_alphabet=ByteLevel.alphabet(), show_progress=False))
+    trainer = BpeTrainer(vocab_size=2500, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    learner.train_from_iterator(re.split("(?<=\n)", TEXT), trainer)
     learned = json.loads(learner.to_str())["model"]
     kind = GPT2Tokenizer if model_type == "gpt2" else Qwen2Tokenizer
     return kind(vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]], extra_special_tokens=SPECIAL[1:])
@@ -113,15 +115,16 @@ def test_end_of_turn(pair):
 
 
 def test_special_tokens_are_found_wherever_they_are_named(tmp_path):
-    names = {name: 256 + i for i, name in enumerate(SPECIAL)}
+    names = {name: 256 + i for i, name in enumerate([*SPECIAL, "stop"])}  # the last one no pattern would cut
     decoder = {str(i): {"content": name} for name, i in names.items()}
     added = [{"content": name, "id": i} for name, i in names.items()]
-    for i, files in enumerate([{"vocab.json": BYTES | names},
+    for i, files in enumerate([{"vocab.json": BYTES | names, "added_tokens.json": {"stop": 259}},
                                {"vocab.json": BYTES, "added_tokens.json": names},
                                {"vocab.json": BYTES, "tokenizer_config.json": {"added_tokens_decoder": decoder}},
                                {"tokenizer.json": {"model": {"vocab": BYTES}, "added_tokens": added}}]):
         tokenizer = Tokenizer.from_folder(write_folder(tmp_path / str(i), files))
-        assert tokenizer.specials == names and tokenizer.known_ids == list(range(259))
+        assert tokenizer.specials == names and tokenizer.known_ids == list(range(260))
+        assert not set(tokenizer.encode("".join(names))) & set(names.values())
     with pytest.raises(UserError, match="no special token <|think|>, only <|endoftext|>"):
         tokenizer.special("<|think|>")
 

@@ -57,6 +57,32 @@ def test_projecting_the_gradient_alone_leaks_under_adamw():
     assert leak(model, factor) > 0.02
 
 
+def test_a_is_projected_before_the_first_forward_pass():
+    model = add_lora(tiny(), 8, 8, TARGETS)
+    factor, heard = random_factor(model, 2, 0), []
+
+    def listen():
+        heard.append(max((m.lora_A.data @ factor.hears[name]).abs().max().item() for name, m in lora_modules(model).items()))
+        return sum(m.lora_A.sum() for m in lora_modules(model).values()) * 0
+    assert max((m.lora_A.data @ factor.hears[name]).abs().max() for name, m in lora_modules(model).items()) > 0.01
+    finetune(model, lambda step: rows(), 2, lr=1e-2, factor=factor, penalty=listen)
+    assert max(heard) < 1e-6
+
+
+def test_clipping_and_adam_see_no_gradient_along_the_factor(monkeypatch):
+    model = add_lora(tiny(), 8, 8, TARGETS)
+    factor, seen, clip = random_factor(model, 2, 0), [], torch.nn.utils.clip_grad_norm_
+
+    def watched(*args):
+        for name, m in lora_modules(model).items():
+            seen.append(max((m.lora_A.grad @ factor.hears[name]).abs().max().item(), (factor.says[name].T @ m.lora_B.grad).abs().max().item()))
+        assert max(m.lora_B.grad.abs().max() for m in lora_modules(model).values()) > 1e-4
+        return clip(*args)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    finetune(model, lambda step: rows(), 5, lr=1e-2, factor=factor)
+    assert max(seen) < 1e-7
+
+
 def test_base_is_bit_identical_after_grasp():
     model = tiny()
     before = {name: p.clone() for name, p in model.named_parameters()}
