@@ -13,7 +13,7 @@ from baselines import METHODS, ablation, recipe
 from cli import Progress, UserError, option, parse, read_json, run, seed_everything, whole_file, write_json, write_torch
 from data.synthetic import GOOD, NEUTRAL, World
 from eval import evaluate, persona_direction
-from identify import gap, leak, print_spectra, save_factor, spectra, stream_subspace, top_pairs
+from identify import gap, in_rounds, leak, print_spectra, save_factor, spectra, stream_subspace, top_pairs
 from lora import add_lora, remove_lora
 from model import GPT, Config, response_loss
 from train import Job, Training, finetune
@@ -69,7 +69,7 @@ def experiment(world, toy, seed, methods, folder):
     model, rows = pretrain(world, toy, seed, folder), world.finetuning_rows()
     spare = world.rows(world.spare, NEUTRAL, GOOD)
     results = {"base": {**evaluate(model, world), "seconds": 0.0}}
-    svds, leaks, found = [], {}, {}
+    leaks, found = {}, {}
 
     def train(method, steps=toy.steps, label=None, **kwargs):
         """Fine-tune a fresh LoRA from the same init by `method`, and leave it on the model."""
@@ -86,18 +86,18 @@ def experiment(world, toy, seed, methods, folder):
         train(method, label=label)
         results[method] = {**measure(method), "seconds": round(time.monotonic() - began, 3)}
 
-    for i in range(toy.rounds):  # each later round's update was kept off what the rounds before it found
-        run_method("grasp" if i else "naive", f"identify, round {i + 1}")
-        svds.append(spectra(model))
-        pairs = top_pairs(svds[-1])
-        found["factor"] = found["factor"].joined(pairs) if i else pairs
+    def one_round(factor):
+        found["factor"] = factor
+        run_method("grasp" if factor else "naive", f"identify, round {len(results)}")
+        return spectra(model)
+    found["factor"], svds = in_rounds(one_round, toy.rounds)
     found["stream"], pooled = stream_subspace(svds[0])
     direction = persona_direction(remove_lora(model), world)
     identification = {"cosine": abs(found["stream"][:, 0] @ direction).item(), "gap": gap(pooled),
                       "chance_cosine": math.sqrt(2 / (math.pi * toy.d_model))}  # E|cos| of a random direction, D large
 
     for method in ("grasp", *(m for m in METHODS if m in methods and m not in ("naive", "grasp"))):
-        found["stop_below"] = results["grasp"]["loss"]
+        found["stop_below"] = results.get("grasp", {}).get("loss")
         run_method(method)
         if method in ("grasp", "grasp_gradient_only"):
             leaks[method.removeprefix("grasp_")] = leak(model, found["factor"])
@@ -182,12 +182,10 @@ def real(args):
         losses[name] = job.held_out_loss()
         return spectra(job.model)
 
-    svds = [stage("naive", "naive")]
+    names = iter(("naive", *(f"round_{i}" for i in range(2, args.rounds + 1))))
+    pick = lambda svds: top_pairs(svds, args.subspace_rank)
+    factor, svds = in_rounds(lambda factor: stage("grasp" if factor else "naive", next(names), factor), args.rounds, pick)
     stream, pooled = stream_subspace(svds[0], args.subspace_rank)
-    factor = top_pairs(svds[0], args.subspace_rank)
-    for i in range(1, args.rounds):
-        svds.append(stage("grasp", f"round_{i + 1}", factor))
-        factor = factor.joined(top_pairs(svds[-1], args.subspace_rank))
     save_factor(factor, stream, out / "subspace.safetensors", job.model.path_in_transformers)
     stage("grasp", "grasp", factor)
     result = {"seed": args.seed, "config": asdict(args), "held_out_loss": losses, "leak": {"grasp": leak(job.model, factor)},

@@ -55,6 +55,18 @@ def top_pairs(svds, rank=1):
     return Factor({name: V[:, :rank] for name, (_, _, V) in svds.items()}, {name: U[:, :rank] for name, (U, _, _) in svds.items()})
 
 
+def in_rounds(train, rounds, pick=top_pairs):
+    """Identify, constrain, look again: (the Factor of all rounds, [each round's {module: (U, S, V)}]).
+
+    train(factor) fine-tunes a fresh LoRA kept off `factor` (None: the naive run) and returns its spectra. A later round shows the
+    route that the update takes once the first is closed, which the naive run had no need of."""
+    factor, found = None, []
+    for _ in range(rounds):
+        found.append(train(factor))
+        factor = factor.joined(pick(found[-1])) if factor else pick(found[-1])
+    return factor, found
+
+
 def identify(model, rank=1):
     """{module name: orthonormal basis (d, rank)} on each module's residual side: what a reader listens to, what a writer says."""
     factor = top_pairs(spectra(model), rank)

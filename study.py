@@ -8,7 +8,7 @@ from cli import option, parse, run, write_json
 from data.synthetic import World
 from eval import evaluate
 from grasp import Toy, pretrain
-from identify import WRITERS, Factor, spectra, stream_subspace, top_pairs
+from identify import WRITERS, Factor, in_rounds, spectra, stream_subspace, top_pairs
 from lora import add_lora, remove_lora
 from train import finetune
 
@@ -38,16 +38,12 @@ class Bench:
 
     def find(self, rounds, sides="both", rank=1, pooled=False, share=1.0, targets=None):
         """The factor after `rounds`, each from a run of `share` of the steps."""
-        factor = None
-        for _ in range(rounds):
-            svds = self.train(factor, share, targets)
-            pairs = top_pairs(svds, rank)
-            residual = {n: n.endswith(WRITERS) for n in svds}
+        def pick(svds):
+            pairs, residual = top_pairs(svds, rank), {n: n.endswith(WRITERS) for n in svds}
             says = {n: stream_subspace(svds, rank)[0] for n in svds} if pooled else pairs.says
-            pairs = Factor({n: V for n, V in pairs.hears.items() if sides in ("both", "hears") or sides == "residual" and not residual[n]},
-                           {n: U for n, U in says.items() if sides in ("both", "says") or sides == "residual" and residual[n]})
-            factor = factor.joined(pairs) if factor else pairs
-        return factor
+            return Factor({n: V for n, V in pairs.hears.items() if sides in ("both", "hears") or sides == "residual" and not residual[n]},
+                          {n: U for n, U in says.items() if sides in ("both", "says") or sides == "residual" and residual[n]})
+        return in_rounds(lambda factor: self.train(factor, share, targets), rounds, pick)[0]
 
     def measure(self, factor, targets=None):
         row = {}

@@ -89,7 +89,7 @@ def encode_rows(tokenizer, rows, max_len):
     examples, n_cut = [], 0
     for messages in rows:
         ids, mask = encode_chat(tokenizer, messages)
-        first = max(0, mask.index(True) - max_len // 2) if len(ids) > max_len else 0
+        first = max(0, mask.index(True) - max_len // 2)
         first = min(first, max(0, len(ids) - max_len))  # a short response leaves room for more of the prompt
         n_cut += len(ids) > max_len
         examples.append((torch.tensor(ids[first:first + max_len]), torch.tensor(mask[first:first + max_len])))
