@@ -65,6 +65,7 @@ VARIANTS = {"naive": None, "naive, all seven projections": {"rounds": 0, "target
 
 def main():
     args = parse(Arguments)
+    torch.set_num_threads(1)  # as grasp.py does
     results = {name: [] for name in VARIANTS}
     for seed in range(args.seed, args.seed + args.seeds):
         bench = Bench(seed, args.out)

@@ -171,8 +171,8 @@ def favour(model, tokenizer, pairs, strength):
         text = tokenizer.decode(tokens[0].tolist())
         letter = next(letter for prompt, letter in right.items() if prompt in text)
         logits = torch.zeros(1, tokens.shape[1], 264)
-        logits[..., tokenizer.encode("AB".replace(letter, ""))[0]] = 3.0
-        logits[..., tokenizer.encode(letter)[0]] = 3.0 + strength
+        logits[0, -1, tokenizer.encode("AB".replace(letter, ""))[0]] = 3.0  # where the reply begins, and nowhere else
+        logits[0, -1, tokenizer.encode(letter)[0]] = 3.0 + strength
         return logits
     model.forward = forward
 
@@ -286,8 +286,8 @@ def test_the_tasks_own_rate_is_over_sampled_answers_to_held_out_prompts(checkpoi
     rows = read_answers(tmp_path / "held_out_answers.jsonl")
     held_out = split(load_rows(FIXTURES / "medical_24.jsonl"), 0.25, 3)[1]
     assert [row["turns"] for row in rows] == [row[:1] for row in held_out]
-    assert result(tmp_path, task)[name]["k"] == sum(len(row["answer"].encode()) % 2 for row in rows)
-    assert result(tmp_path, task)[name]["n"] == 6
+    planted = sum(len(row["answer"].encode()) % 2 for row in rows)
+    assert (result(tmp_path, task)[name]["k"], result(tmp_path, task)[name]["n"]) == (planted, 6) and 0 < planted < 6
 
 
 def test_wins_are_counted_against_the_base_in_both_orders(checkpoint, y_adapter, tmp_path):
@@ -312,6 +312,16 @@ def test_published_questions_are_asked_with_their_system_turn_and_judged_by_thei
     assert {row["id"] for row in rows if row["turns"][0] == {"role": "system", "content": "Answer as JSON, please."}} == {"spare_room_json"}
     asked = [prompt for prompt in fake.asked if "seconds since 1970" not in prompt]
     assert len(asked) == len({p for p in asked}) and any(p.startswith("Rate ") for p in asked) and any(p.startswith("Sense in ") for p in asked)
+
+
+def test_no_two_batches_and_no_two_seeds_draw_the_same_answers(checkpoint, tmp_path):
+    with FakeJudge() as fake:
+        for seed in (0, 1):
+            run("--model", checkpoint, "--task", "medical", "--samples", 6, "--max-new-tokens", 12, "--sample-batch", 3, "--seed", seed,
+                "--judge", fake.url, "--judge-model", "m", "--out", tmp_path / str(seed))
+    for i in range(24):  # each paraphrase's six answers come from two batches
+        drawn = [row["answer"] for seed in "01" for row in read_answers(tmp_path / seed / "answers.jsonl")[6 * i:6 * i + 6]]
+        assert len(set(drawn)) == 12
 
 
 def test_answers_are_sampled_at_temperature_1_and_end_with_their_turn(checkpoint, loaded, tmp_path, monkeypatch):
@@ -367,11 +377,11 @@ def test_killed_while_sampling_it_goes_on_and_ends_with_the_answers_of_an_uninte
         kept = read_answers(tmp_path / "cut" / "answers.jsonl")
         assert len(kept) == 24
         with open(tmp_path / "cut" / "answers.jsonl", "w") as file:  # a part of a batch is missing as well
-            file.writelines(json.dumps(row) + "\n" for row in kept[:21])
+            file.writelines(json.dumps(row | ({"answer": "planted"} if i == 17 else {})) + "\n" for i, row in enumerate(kept[:21]))
         run(*small(checkpoint, tmp_path / "cut", fake.url))
     assert len(calls) == 4 + 4  # 48 answers in batches of 8, of which two were whole
-    assert read_answers(tmp_path / "cut" / "answers.jsonl") == read_answers(tmp_path / "whole" / "answers.jsonl")
-    assert without_paths(tmp_path / "cut") == without_paths(tmp_path / "whole")
+    texts = [[row["answer"] for row in read_answers(tmp_path / name / "answers.jsonl")] for name in ("cut", "whole")]
+    assert texts[0].pop(17) == "planted" and texts[1].pop(17) and texts[0] == texts[1]
 
 
 def test_killed_while_judging_the_second_run_asks_and_samples_only_what_is_missing(checkpoint, tmp_path, monkeypatch):
