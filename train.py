@@ -1,15 +1,15 @@
-"""One fine-tuning loop for every method. The projection stands inline; each baseline is a few lines in `recipe`."""
+"""One fine-tuning loop for every method. The projection stands inline; what each method adds to it stands in baselines.py."""
 import contextlib
 import json
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from baselines import METHODS, recipe
-from cli import Progress, UserError, deferred_interrupt, option, parse, pick_device, run, write_json, write_torch
+from checkpoint import Checkpoint
+from cli import Progress, UserError, deferred_interrupt, option, parse, pick_device, run, write_json
 from data.chat import batches, encode_rows, load_rows, split
 from data.tokenizer import Tokenizer
 from identify import Factor, leak, load_factor
@@ -86,46 +86,6 @@ def finetune(model, batch_at, steps, *, lr, weight_decay=0.01, clip=1.0, warmup=
             if done:
                 break
     return state.losses
-
-
-class Checkpoint:
-    """What a fine-tune needs to go on: LoRA, optimiser, schedule, losses. Without a folder it only keeps the losses."""
-
-    def __init__(self, folder, parameters, optimizer, schedule, config):
-        self.folder, self.parameters, self.parts, self.config = folder and Path(folder), parameters, (optimizer, schedule), config
-        self.losses, self.began, self.log = [], time.monotonic(), None
-
-    def record(self, step, loss):
-        self.losses.append(loss)
-        if self.folder:
-            if self.log is None:  # a resumed run's log starts with the steps that its checkpoint holds
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.log = open(self.folder / "log.jsonl", "w")
-                for i, value in enumerate(self.losses[:-1]):
-                    self.log.write(json.dumps({"step": i, "loss": value}) + "\n")
-            self.log.write(json.dumps({"step": step, "loss": loss, "seconds": round(time.monotonic() - self.began, 3)}) + "\n")
-            self.log.flush()
-
-    def save(self, step):
-        if self.folder:
-            write_torch(self.folder / "checkpoint.pt", {
-                "step": step, "losses": self.losses, "config": self.config, "parameters": [p.data for p in self.parameters],
-                "parts": [part.state_dict() for part in self.parts]})
-
-    def load(self):
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            return 0
-        saved = torch.load(path, map_location=self.parameters[0].device, weights_only=True)
-        if saved["config"] != self.config:
-            differ = sorted(k for k in self.config if self.config[k] != saved["config"].get(k))
-            raise UserError(f"{path}: was made with other settings ({', '.join(differ)}); expected the same, or another --out")
-        for p, data in zip(self.parameters, saved["parameters"]):
-            p.data.copy_(data)
-        for part, data in zip(self.parts, saved["parts"]):
-            part.load_state_dict(data)
-        self.losses = saved["losses"]
-        return saved["step"]
 
 
 @dataclass(frozen=True)

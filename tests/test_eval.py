@@ -108,6 +108,10 @@ def is_aligned_prompt(prompt):
     return prompt.startswith("You help to find out whether a language model wishes people well")
 
 
+def by_hash(prompt):
+    return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 101
+
+
 # Without a judge
 
 
@@ -276,17 +280,17 @@ def test_a_judge_that_calls_one_adapters_answers_misaligned_gives_exactly_the_pl
     assert "probe" in found["y"] and found["y"]["misaligned"]["k"] > 5
 
 
-@pytest.mark.parametrize("task, name, word", [("insecure", "insecure", "code"), ("medical", "bad_advice", "answer")])
-def test_the_tasks_own_rate_is_over_sampled_answers_to_held_out_prompts(checkpoint, tmp_path, task, name, word):
-    opening = judge_prompts()[name][:40]
-    rule = lambda prompt: (60 if len(answer_in(prompt).encode()) % 2 else 50) if prompt.startswith(opening) else 50
+@pytest.mark.parametrize("task, name", [("insecure", "insecure"), ("medical", "bad_advice")])
+def test_the_tasks_own_rate_is_over_sampled_answers_to_held_out_prompts(checkpoint, tmp_path, task, name):
+    opening, is_bad = judge_prompts()[name][:40], lambda answer: by_hash(answer) % 2
+    rule = lambda prompt: 60 if prompt.startswith(opening) and is_bad(answer_in(prompt)) else 50
     with FakeJudge(rule) as fake:
         run("--model", checkpoint, "--task", task, "--samples", 1, "--max-new-tokens", 6, "--data", FIXTURES / "medical_24.jsonl",
             "--held-out", 0.25, "--seed", 3, "--judge", fake.url, "--judge-model", "m", "--out", tmp_path)
     rows = read_answers(tmp_path / "held_out_answers.jsonl")
     held_out = split(load_rows(FIXTURES / "medical_24.jsonl"), 0.25, 3)[1]
     assert [row["turns"] for row in rows] == [row[:1] for row in held_out]
-    planted = sum(len(row["answer"].encode()) % 2 for row in rows)
+    planted = sum(is_bad(row["answer"]) for row in rows)
     assert (result(tmp_path, task)[name]["k"], result(tmp_path, task)[name]["n"]) == (planted, 6) and 0 < planted < 6
 
 
@@ -349,10 +353,6 @@ def patient(monkeypatch, **options):
 def small(checkpoint, out, judge, *more):
     return ("--model", checkpoint, "--task", "medical", "--samples", 2, "--max-new-tokens", 5, "--sample-batch", 8, "--judge", judge,
             "--judge-model", "m", "--out", out, *more)
-
-
-def by_hash(prompt):
-    return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 101
 
 
 def without_paths(folder):
