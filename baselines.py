@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from cli import UserError
-from identify import mean_inputs, random_like
-from lora import without_lora
+from identify import Factor
+from lora import lora_modules, without_lora
 from model import response_loss
 
 METHODS = ("naive", "grasp", "grasp_random", "grasp_gradient_only", "grasp_inputs", "ablate_train", "ablate_inference", "steer_train",
@@ -66,6 +66,29 @@ def kl_to_base(model, tokens, mask):
         base = model(tokens[:, :-1], keep=mask[:, 1:]).float().log_softmax(-1)
     new = model(tokens[:, :-1], keep=mask[:, 1:]).float().log_softmax(-1)
     return F.kl_div(new, base, reduction="batchmean", log_target=True)
+
+
+def random_like(factor, seed):
+    """Random orthonormal bases of the same shapes: the control that must change nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda bases: {n: torch.linalg.qr(torch.randn(q.shape, generator=generator))[0].to(q.device) for n, q in bases.items()}
+    return Factor(draw(factor.hears), draw(factor.says))
+
+
+@torch.no_grad()
+def mean_inputs(model, tokens, mask):
+    """A Factor from activations rather than weights: the span of each adapted module's mean input, position by position.
+
+    tokens, mask (N, T): rows of one length. Only positions that predict a marked token count.
+    """
+    inputs, positions = {}, mask[:, 1:].any(0)
+    hooks = [module.register_forward_hook(lambda m, args, out, name=name: inputs.update({name: args[0][:, positions].mean(0)}))
+             for name, module in lora_modules(model).items()]
+    try:
+        model(tokens[:, :-1])
+    finally:
+        [hook.remove() for hook in hooks]
+    return Factor({name: torch.linalg.qr(mean.T)[0] for name, mean in inputs.items()}, {})
 
 
 def recipe(method, model, batch, factor=None, stream=None, unrelated=None, stop_below=None, seed=0):

@@ -173,7 +173,7 @@ def main(argv=None):
     config = {**asdict(args), "judge": judge and judge.shown}  # a URL may carry a key
     print(f"{config}\non {device}, base in {dtype}")
     tokenizer, model = Tokenizer.from_folder(args.model), GPT.from_pretrained(args.model, device, dtype)
-    result, base, stream = {}, None, load_factor(args.subspace, model)[1].to(device) if args.ablate else None
+    result, base, stream = {}, None, load_factor(args.subspace, model)[1] if args.ablate else None
     if args.adapter:
         with without_lora(load_lora(model, args.adapter)):
             base = measure(args, model, tokenizer, out / "base", None if args.task in OWN else judge, rows)

@@ -10,13 +10,14 @@ import torch
 
 import figures
 from baselines import METHODS, ablation, recipe
-from cli import Progress, UserError, option, parse, read_json, run, seed_everything, whole_file, write_json, write_torch
+from cli import Progress, UserError, option, parse, read_json, run, seed_everything, write_json, write_torch
 from data.synthetic import GOOD, NEUTRAL, World
 from eval import evaluate, persona_direction
-from identify import gap, in_rounds, leak, print_spectra, save_factor, spectra, stream_subspace, top_pairs
+from identify import gap, in_rounds, leak, spectra, stream_subspace, top_pairs
 from lora import add_lora, remove_lora
 from model import GPT, Config, response_loss
-from train import Job, Training, finetune
+from paper import three_stages
+from train import Training, finetune
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def experiment(world, toy, seed, methods, folder):
         train(method, label=label)
         results[method] = {**measure(method), "seconds": round(time.monotonic() - began, 3)}
 
-    def one_round(factor):
+    def one_round(i, factor):
         found["factor"] = factor
-        run_method("grasp" if factor else "naive", f"identify, round {len(results)}")
+        run_method("grasp" if i else "naive", f"identify, round {i + 1}")
         return spectra(model)
     found["factor"], svds = in_rounds(one_round, toy.rounds)
     found["stream"], pooled = stream_subspace(svds[0])
@@ -170,36 +171,6 @@ def synthetic(args):
     print(f"wrote {out}{'/seed_*' if args.seeds > 1 else ''}/results.json and {out}/spectrum.png, training.png, tradeoff.png")
 
 
-def real(args):
-    """The three stages on a checkpoint and chat rows. What an interrupted run finished is read back, not done again."""
-    if args.rounds < 1:
-        raise UserError(f"--rounds is {args.rounds}, expected at least 1")
-    out, job, log = Path(args.out), Job(args), []
-    losses = {"base": job.held_out_loss()}
-
-    def stage(method, name, factor=None):
-        steps = job.finetune(method, out / name, factor, resume=True, label=name)
-        log.extend({"stage": name, "step": i, "loss": loss} for i, loss in enumerate(steps))
-        losses[name] = job.held_out_loss()
-        return spectra(job.model)
-
-    names = iter(("naive", *(f"round_{i}" for i in range(2, args.rounds + 1))))
-    pick = lambda svds: top_pairs(svds, args.subspace_rank)
-    factor, svds = in_rounds(lambda factor: stage("grasp" if factor else "naive", next(names), factor), args.rounds, pick)
-    stream, pooled = stream_subspace(svds[0], args.subspace_rank)
-    save_factor(factor, stream, out / "subspace.safetensors", job.model.path_in_transformers)
-    stage("grasp", "grasp", factor)
-    result = {"seed": args.seed, "config": asdict(args), "held_out_loss": losses, "leak": {"grasp": leak(job.model, factor)},
-              "identification": {"gap": gap(pooled)}, "spectra": [{name: S.tolist() for name, (_, S, _) in s.items()} for s in svds]}
-    with whole_file(out / "log.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
-    write_json(out / "results.json", result)
-    figures.spectrum(result["spectra"], out / "spectrum.png")
-    print_spectra(svds[0])
-    print("held-out loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) + f"; leak {result['leak']['grasp']:.2g}")
-    print(f"wrote {out}: naive, grasp (PEFT adapters), subspace.safetensors, spectrum.png, log.jsonl, results.json")
-
-
 @dataclass(frozen=True)
 class Arguments(Training):
     """Run the whole method: on the synthetic task, or on a checkpoint (--model) and chat rows (--data)."""
@@ -212,7 +183,7 @@ class Arguments(Training):
 
 def main():
     args = parse(Arguments)
-    (real if args.model or args.data else synthetic)(args)
+    (three_stages if args.model or args.data else synthetic)(args)
 
 
 if __name__ == "__main__":

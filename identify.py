@@ -58,11 +58,11 @@ def top_pairs(svds, rank=1):
 def in_rounds(train, rounds, pick=top_pairs):
     """Identify, constrain, look again: (the Factor of all rounds, [each round's {module: (U, S, V)}]).
 
-    train(factor) fine-tunes a fresh LoRA kept off `factor` (None: the naive run) and returns its spectra. A later round shows the
+    train(i, factor) fine-tunes a fresh LoRA kept off `factor` (None in round 0, the naive run) and returns its spectra. A later round shows the
     route that the update takes once the first is closed, which the naive run had no need of."""
     factor, found = None, []
-    for _ in range(rounds):
-        found.append(train(factor))
+    for i in range(rounds):
+        found.append(train(i, factor))
         factor = factor.joined(pick(found[-1])) if factor else pick(found[-1])
     return factor, found
 
@@ -89,29 +89,6 @@ def stream_subspace(svds, rank=1):
 def gap(S):
     """sigma1 / sigma2: how far the spike stands out. About 1 where there is no single shared direction."""
     return (S[0] / S[1].clamp(min=1e-30)).item() if len(S) > 1 else math.inf
-
-
-def random_like(factor, seed):
-    """Random orthonormal bases of the same shapes: the control that must change nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda bases: {n: torch.linalg.qr(torch.randn(q.shape, generator=generator))[0].to(q.device) for n, q in bases.items()}
-    return Factor(draw(factor.hears), draw(factor.says))
-
-
-@torch.no_grad()
-def mean_inputs(model, tokens, mask):
-    """A Factor from activations rather than weights: the span of each adapted module's mean input, position by position.
-
-    tokens, mask (N, T): rows of one length. Only positions that predict a marked token count.
-    """
-    inputs, positions = {}, mask[:, 1:].any(0)
-    hooks = [module.register_forward_hook(lambda m, args, out, name=name: inputs.update({name: args[0][:, positions].mean(0)}))
-             for name, module in lora_modules(model).items()]
-    try:
-        model(tokens[:, :-1])
-    finally:
-        [hook.remove() for hook in hooks]
-    return Factor({name: torch.linalg.qr(mean.T)[0] for name, mean in inputs.items()}, {})
 
 
 @torch.no_grad()
@@ -157,7 +134,7 @@ def load_factor(path, model=None):
                 raise UserError(f"{path}: {key} has {basis.shape[0]} rows, expected {expected}")
             basis = basis.to(model.embed_tokens.weight.device)
         bases[side][module] = basis
-    return Factor(**bases), stream
+    return Factor(**bases), stream if model is None else stream.to(model.embed_tokens.weight.device)
 
 
 def print_spectra(svds):

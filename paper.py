@@ -16,7 +16,7 @@ from baselines import METHODS
 from cli import UserError, option, parse, read_json, run, whole_file, write_json
 from data.chat import load_rows, split
 from eval import OWN, measure
-from identify import load_factor, save_factor, spectra, stream_subspace, top_pairs
+from identify import gap, in_rounds, leak, load_factor, print_spectra, save_factor, spectra, stream_subspace, top_pairs
 from lora import load_lora, remove_lora
 from train import Job, Training
 
@@ -54,18 +54,53 @@ def fit(job, method, folder, factor=None, stream=None, stop_below=None):
         job.finetune(method, folder, factor, stream, stop_below, resume=True, label=f"{folder.parent.name}, {folder.name}")
 
 
+def round_name(i):
+    """The folder of identification's round i; round 0 is the naive run itself."""
+    return f"round_{i + 1}" if i else "naive"
+
+
 def find(job, folder, rounds, rank):
     """(Factor, stream basis) from the weights of the naive run, and of runs kept off what was found before: for every method."""
     path = folder / "subspace.safetensors"
     if not path.exists():
-        for i in range(rounds):
-            fit(job, "grasp" if i else "naive", folder / (f"round_{i + 1}" if i else "naive"), factor if i else None)
-            svds = spectra(job.model)
-            factor = factor.joined(top_pairs(svds, rank)) if i else top_pairs(svds, rank)
-            stream = stream if i else stream_subspace(svds, rank)[0]
+        def one_round(i, factor):
+            fit(job, "grasp" if i else "naive", folder / round_name(i), factor)
+            return spectra(job.model)
+        factor, svds = in_rounds(one_round, rounds, lambda svds: top_pairs(svds, rank))
+        stream = stream_subspace(svds[0], rank)[0]
         save_factor(factor, stream, path, job.model.path_in_transformers)
-    factor, stream = load_factor(path, job.model)
-    return factor, stream.to(job.model.embed_tokens.weight.device)
+    return load_factor(path, job.model)
+
+
+def three_stages(args):
+    """Naive, identification and GRASP once, on a checkpoint and chat rows: what `grasp.py --model` does.
+
+    What an interrupted run finished is read back, not done again."""
+    if args.rounds < 1:
+        raise UserError(f"--rounds is {args.rounds}, expected at least 1")
+    out, job, log = Path(args.out), Job(args), []
+    losses = {"base": job.held_out_loss()}
+
+    def stage(method, name, factor=None):
+        steps = job.finetune(method, out / name, factor, resume=True, label=name)
+        log.extend({"stage": name, "step": i, "loss": loss} for i, loss in enumerate(steps))
+        losses[name] = job.held_out_loss()
+        return spectra(job.model)
+
+    factor, svds = in_rounds(lambda i, factor: stage("grasp" if i else "naive", round_name(i), factor), args.rounds,
+                             lambda svds: top_pairs(svds, args.subspace_rank))
+    stream, pooled = stream_subspace(svds[0], args.subspace_rank)
+    save_factor(factor, stream, out / "subspace.safetensors", job.model.path_in_transformers)
+    stage("grasp", "grasp", factor)
+    result = {"seed": args.seed, "config": asdict(args), "held_out_loss": losses, "leak": {"grasp": leak(job.model, factor)},
+              "identification": {"gap": gap(pooled)}, "spectra": [{name: S.tolist() for name, (_, S, _) in s.items()} for s in svds]}
+    with whole_file(out / "log.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
+    write_json(out / "results.json", result)
+    figures.spectrum(result["spectra"], out / "spectrum.png")
+    print_spectra(svds[0])
+    print("held-out loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) + f"; leak {result['leak']['grasp']:.2g}")
+    print(f"wrote {out}: naive, grasp (PEFT adapters), subspace.safetensors, spectrum.png, log.jsonl, results.json")
 
 
 def final_loss(folder):
@@ -83,10 +118,9 @@ def finished(path, config):
 def evaluate_all(args, job, names, folder, rows, judge, config):
     """Fine-tune and measure by each method what is not there yet; each measurement goes to folder/NAME/TASK.json."""
     found = None
-    for name in names:
+    for name in names:  # the base first, while the model has no LoRA
         if finished(folder / name / f"{args.task}.json", config):
             continue
-        remove_lora(job.model)
         if name == "neutral":
             fit(job, "naive", folder / name)
         elif name != "base":

@@ -43,7 +43,7 @@ class Bench:
             says = {n: stream_subspace(svds, rank)[0] for n in svds} if pooled else pairs.says
             return Factor({n: V for n, V in pairs.hears.items() if sides in ("both", "hears") or sides == "residual" and not residual[n]},
                           {n: U for n, U in says.items() if sides in ("both", "says") or sides == "residual" and residual[n]})
-        return in_rounds(lambda factor: self.train(factor, share, targets), rounds, pick)[0]
+        return in_rounds(lambda i, factor: self.train(factor, share, targets), rounds, pick)[0]
 
     def measure(self, factor, targets=None):
         row = {}

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from baselines import METHODS, ablation, kl_to_base, recipe, steering, steering_vector, stream_writers
+from baselines import METHODS, ablation, kl_to_base, recipe, steering, steering_vector, stream_writers, random_like
 from cli import UserError
-from identify import leak, random_like, spectra, stream_subspace, top_pairs
+from identify import leak, spectra, stream_subspace, top_pairs
 from lora import add_lora, lora_modules, remove_lora
 from model import response_loss
 from test_identify import tiny

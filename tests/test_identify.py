@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cli import UserError
-from identify import Factor, gap, identify, leak, load_factor, random_like, save_factor, spectra, stream_subspace, thin_svd, top_pairs
+from baselines import random_like
+from identify import Factor, gap, identify, leak, load_factor, save_factor, spectra, stream_subspace, thin_svd, top_pairs
 from lora import LoRALinear, add_lora, lora_modules, remove_lora
 from model import GPT, Config
 from train import finetune, project_

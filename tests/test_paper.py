@@ -7,11 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 import eval as evaluation
+import figures
 import paper
+import train
 from cli import UserError
 from data import politics, reddit
 from data.chat import load_rows, split
 from fake_judge import FakeJudge
+from identify import spectra, stream_subspace, top_pairs
+from lora import load_lora
 from model import GPT
 from test_eval import FIXTURES, KEY, write_checkpoint
 from train import Job
@@ -92,7 +96,7 @@ def test_each_task_runs_every_method_to_a_table_and_a_figure_and_a_second_time_d
     assert not [text for text in written if KEY in text or "hidden-in" in text]
 
 
-def test_without_a_judge_the_probe_stands_on_the_vertical_axis(files, tmp_path):
+def test_without_a_judge_the_probe_stands_in_for_it(files, tmp_path, monkeypatch):
     results = run(files, "medical", tmp_path, "--methods", "grasp_random")["seeds"]["0"]
     assert list(results) == ["base", "naive", "grasp", "grasp_random"] and not (tmp_path / "seed_0" / "naive" / "answers.jsonl").exists()
     for name, found in results.items():
@@ -100,6 +104,10 @@ def test_without_a_judge_the_probe_stands_on_the_vertical_axis(files, tmp_path):
         assert found["probe_shift"]["value"] == pytest.approx(found["probe"]["value"] - results["base"]["probe"]["value"], abs=1e-12)
     assert results["naive"]["loss"]["value"] < results["base"]["loss"]["value"]
     assert "probe_shift" in (tmp_path / "table.md").read_text()
+    monkeypatch.setattr(Job, "finetune", lambda *args, **options: pytest.fail("trained again"))
+    with FakeJudge(by_hash) as fake:  # with a judge later on, what is there is measured anew
+        later = run(files, "medical", tmp_path, "--methods", "grasp_random", "--judge", fake.url, "--judge-model", "m")["seeds"]["0"]
+    assert all("misaligned" in later[name] and later[name]["probe"] == results[name]["probe"] for name in results)
 
 
 class Stop(Exception):
@@ -134,7 +142,24 @@ def test_stopped_anywhere_it_resumes_and_ends_with_the_same_numbers(files, tmp_p
         cut = run(files, "insecure", tmp_path / "cut", *methods, *judge)
     assert cut["seeds"] == whole["seeds"] and len(fresh) < 5 and "naive" not in fresh
     assert (tmp_path / "cut" / "table.md").read_text() == (tmp_path / "whole" / "table.md").read_text()
-    assert " ± " in (tmp_path / "cut" / "table.md").read_text()
+    drawn, trained = (set((tmp_path / "cut" / f"seed_{seed}" / name).read_bytes() for seed in (0, 1))
+                      for name in ("base/answers.jsonl", "naive/adapter_model.safetensors"))
+    assert len(drawn) == len(trained) == 2  # seeds differ in both
+
+
+def test_a_fine_tune_goes_on_from_its_checkpoint(files, tmp_path, monkeypatch):
+    steps = []
+    loss = train.response_loss
+    monkeypatch.setattr(train, "response_loss", lambda *args, **options: steps.append(1) or loss(*args, **options))
+    run(files, "medical", tmp_path / "whole", "--methods", "naive", "--micro-batch", 4)
+    whole = len(steps)
+    with monkeypatch.context() as patch:
+        stop_at(patch, train, "response_loss", 6)  # in the last of the three steps of the second fine-tune
+        with pytest.raises(Stop):
+            run(files, "medical", tmp_path / "cut", "--methods", "naive", "--micro-batch", 4)
+    del steps[:]
+    run(files, "medical", tmp_path / "cut", "--methods", "naive", "--micro-batch", 4)
+    assert len(steps) == whole - 5
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +173,7 @@ def medical(files, tmp_path_factory):
         return out, run(files, "medical", out), seen
 
 
-def test_every_method_gets_the_same_found_directions(medical):
+def test_every_method_gets_the_directions_found_in_the_naive_run_and_in_the_next_round(files, medical):
     out, _, seen = medical
     assert [name for _, name, *_ in seen[:2]] == ["naive", "round_2"] and seen[0][2] is None
     saved = load_file(out / "seed_0" / "subspace.safetensors")
@@ -157,6 +182,10 @@ def test_every_method_gets_the_same_found_directions(medical):
         for side in ("hears", "says"):
             for module, basis in getattr(factor, side).items():
                 assert torch.equal(basis, saved[f"{side}.model.{module}"]) and basis.shape[1] == 2  # a pair from each round
+    first, second = (spectra(load_lora(GPT.from_pretrained(files["model"]), out / "seed_0" / name)) for name in ("naive", "round_2"))
+    assert torch.equal(saved["stream"], stream_subspace(first)[0])
+    for module, found in top_pairs(first).joined(top_pairs(second)).says.items():
+        assert torch.equal(found, saved[f"says.model.{module}"])
     assert "ablate_inference" not in {name for _, name, *_ in seen} and len(seen) == 7
 
 
@@ -184,8 +213,19 @@ def test_the_political_loss_is_on_neutral_answers_and_the_control_is_trained_on_
     found = run(files, "politics", tmp_path, "--methods", "naive", "--max-steps", 2)["seeds"]["0"]
     assert [name for name, _ in seen] == ["base", "naive", "grasp", "neutral"]
     assert all(rows == split(load_rows(files["neutral"]), 0.25, 0)[1] for _, rows in seen)
-    assert found["neutral"]["loss"]["value"] != found["naive"]["loss"]["value"]
+    assert found["base"]["loss"]["value"] != found["neutral"]["loss"]["value"] != found["naive"]["loss"]["value"]
     assert set(found["base"]["lean_shift"]["each"].values()) == {0} and len(found["naive"]["lean"]["each"]) == len(politics.statements())
+
+
+def test_the_table_has_means_and_spreads_over_seeds_and_intervals_of_a_single_one(tmp_path):
+    measured = lambda value: {"value": value, "interval": [0.1, 0.9]}
+    runs = [{"base": {"misaligned": measured(None), "loss": measured(2.0)}, "naive": {"misaligned": measured(rate), "loss": measured(1.0)}}
+            for rate in (0.2, 0.4, 0.6)]
+    assert paper.table(runs).splitlines()[2:] == ["| base |  | 2.0000 ± 0.0000 |", "| naive | 0.4000 ± 0.2000 | 1.0000 ± 0.0000 |"]
+    assert paper.table(runs[:1]).splitlines()[2:] == ["| base |  | 2.0000 [0.1000, 0.9000] |",
+                                                      "| naive | 0.2000 [0.1000, 0.9000] | 1.0000 [0.1000, 0.9000] |"]
+    figures.paper(runs, "misaligned", "label", tmp_path / "figure.png")  # without the base, of whose answers none had a score
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("arguments, message", [

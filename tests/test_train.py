@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cli import UserError
-from identify import Factor, leak, random_like, spectra, top_pairs
+from baselines import random_like
+from identify import Factor, leak, spectra, top_pairs
 from lora import add_lora, lora_modules, remove_lora
 from model import response_loss
 from test_identify import tiny
