@@ -3,7 +3,6 @@
 Modules carry Qwen's names in transformers; GPT-2's differ by one rename table. Shapes: B rows, T tokens, V vocabulary, D width
 of the residual stream, H heads, K key/value heads, E head width.
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,41 +47,41 @@ def read_config(folder):
         raise UserError(f"{folder}: no such folder, expected a checkpoint folder with config.json and safetensors")
     hf = read_json(path, "a checkpoint's configuration")
 
-    def need(*names):
-        for name in names:
-            if hf.get(name) is not None:
-                return hf[name]
-        raise UserError(f"{path}: no '{names[0]}', expected a value (there is no default)")
+    def need(name):
+        if hf.get(name) is None:
+            raise UserError(f"{path}: no '{name}', expected a value (there is no default)")
+        return hf[name]
 
-    def refuse(name, *accepted):
-        if name in hf and hf[name] not in accepted:
-            raise UserError(f"{path}: '{name}' is {hf[name]!r}, supported: {', '.join(map(repr, accepted))}")
+    def only(value, name):  # where the field is there
+        if hf.get(name, value) != value:
+            raise UserError(f"{path}: '{name}' is {hf[name]!r}, supported: {value!r}")
 
     kind = hf.get("model_type") if isinstance(hf, dict) else None
     if kind == "gpt2":
-        refuse("activation_function", "gelu_new"), refuse("scale_attn_weights", True), refuse("add_cross_attention", False)
-        refuse("scale_attn_by_inverse_layer_idx", False), refuse("tie_word_embeddings", True)
+        need("activation_function"), only("gelu_new", "activation_function"), only(True, "scale_attn_weights")
+        only(False, "scale_attn_by_inverse_layer_idx"), only(False, "add_cross_attention"), only(True, "tie_word_embeddings")
         d, heads = need("n_embd"), need("n_head")
         config = Config(vocab_size=need("vocab_size"), n_layer=need("n_layer"), n_head=heads, n_kv_head=heads, head_dim=d // heads,
                         d_model=d, d_mlp=hf.get("n_inner") or 4 * d, max_len=need("n_positions"), rope_theta=None, tied=True,
                         norm_eps=need("layer_norm_epsilon"), model_type=kind, norm="layernorm", mlp="gelu", fused_qkv=True,
                         qkv_bias=True, out_bias=True)
     elif kind in ("qwen2", "qwen3"):
-        refuse("hidden_act", "silu"), refuse("use_sliding_window", False), refuse("rope_scaling", None)
+        need("hidden_act"), only("silu", "hidden_act"), only(False, "use_sliding_window"), only(None, "rope_scaling")
         if set(hf.get("layer_types") or ()) - {"full_attention"}:
             raise UserError(f"{path}: 'layer_types' has {set(hf['layer_types'])}, supported: full_attention")
         rope = hf.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise UserError(f"{path}: rope_type is {rope['rope_type']!r}, supported: 'default'")
-        if rope.get("rope_theta", hf.get("rope_theta")) is None:
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise UserError(f"{path}: 'rope_parameters' is {rope}, supported: the type 'default'")
+        theta = rope.get("rope_theta", hf.get("rope_theta"))
+        if theta is None:
             raise UserError(f"{path}: no 'rope_theta', neither under 'rope_parameters' nor at the top level (there is no default)")
         if kind == "qwen3":
-            refuse("attention_bias", False)
+            only(False, "attention_bias")
         d, heads = need("hidden_size"), need("num_attention_heads")
         config = Config(vocab_size=need("vocab_size"), n_layer=need("num_hidden_layers"), n_head=heads, d_model=d,
                         n_kv_head=need("num_key_value_heads"), d_mlp=need("intermediate_size"), max_len=need("max_position_embeddings"),
                         head_dim=need("head_dim") if kind == "qwen3" else hf.get("head_dim") or d // heads,
-                        norm_eps=need("rms_norm_eps"), rope_theta=float(rope.get("rope_theta", hf.get("rope_theta"))),
+                        norm_eps=need("rms_norm_eps"), rope_theta=float(theta),
                         tied=need("tie_word_embeddings"), model_type=kind, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3")
     else:
         raise UserError(f"{path}: model_type is {kind!r}, supported: 'gpt2', 'qwen2', 'qwen3'")
@@ -221,7 +220,7 @@ class GPT(nn.Module):
             angles = (positions.float()[..., None] * rates).repeat(*[1] * positions.dim(), 2).view(-1, 1, T, c.head_dim)
             rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         for block in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.checkpointing and cache is None and torch.is_grad_enabled():
                 h = torch.utils.checkpoint.checkpoint(block, h, rope, mask, use_reentrant=False)
             else:
                 h = block(h, rope, mask, cache)
@@ -289,17 +288,22 @@ def response_loss(model, tokens, mask, reduction="mean"):
 
 
 def shards(folder):
-    """{tensor name: its safetensors file} of a checkpoint folder, single or sharded."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        names = read_json(index, "an index of shards").get("weight_map")
-        if not isinstance(names, dict):
-            raise UserError(f"{index}: no 'weight_map', expected tensor names and their files")
-        return {name: folder / file for name, file in names.items()}
-    if not single.exists():
+    """{tensor name: its safetensors file} of a checkpoint folder, single or sharded, by what the files hold."""
+    single, index, found = folder / "model.safetensors", folder / "model.safetensors.index.json", {}
+    if not single.exists() and not index.exists():
         raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
-    with open_safetensors(single) as f:
-        return dict.fromkeys(f.keys(), single)
+    if single.exists():
+        files = [single]
+    else:
+        listing = read_json(index, "an index of shards")
+        weight_map = listing.get("weight_map") if isinstance(listing, dict) else None
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: no 'weight_map', expected tensor names and their files")
+        files = [folder / name for name in sorted(set(map(str, weight_map.values())))]
+    for file in files:
+        with open_safetensors(file) as f:
+            found |= dict.fromkeys(f.keys(), file)
+    return found
 
 
 def open_safetensors(path):
@@ -323,24 +327,18 @@ def read_tensors(folder, model, device, dtype):
     for problem, names in (("missing", expected.keys() - stored), ("unexpected", stored.keys() - expected)):
         if names:
             raise UserError(f"{folder}: {len(names)} {problem} tensors, the first {min(names)}")
-    state, by_file = {}, {}
-    for path in expected:
-        by_file.setdefault(found[stored[path]], []).append(path)
-    for file, paths in by_file.items():
-        with open_safetensors(file) as f:
-            names = set(f.keys())
-            for path in paths:
-                name, shape = expected[path]
-                if stored[path] not in names:
-                    raise UserError(f"{file}: no tensor {stored[path]}, though the index says so")
-                tensor = f.get_tensor(stored[path])
-                if gpt2 and tensor.dim() == 2 and ".h." in path:  # Conv1D stores (in, out)
-                    tensor = tensor.t()
-                if tensor.shape != shape:
-                    raise UserError(f"{file}: {stored[path]} is {tuple(tensor.shape)}, expected {tuple(shape)}")
-                if not tensor.isfinite().all():
-                    raise UserError(f"{file}: {stored[path]} has values that are not finite")
-                state[name] = tensor.to(device, dtype).contiguous()
+    state = {}
+    for path, (name, shape) in expected.items():
+        file = found[stored[path]]
+        with open_safetensors(file) as f:  # anew for each tensor: a copy is made of what is mapped, and the mapping is given back
+            tensor = f.get_tensor(stored[path])
+        if gpt2 and tensor.dim() == 2 and ".h." in path:  # Conv1D stores (in, out)
+            tensor = tensor.t()
+        if tensor.shape != shape:
+            raise UserError(f"{file}: {stored[path]} is {tuple(tensor.shape)}, expected {tuple(shape)}")
+        state[name] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        if not all(bound.isfinite() for bound in state[name].aminmax()):  # no temporary of the tensor's size
+            raise UserError(f"{file}: {stored[path]} has values that are not finite")
     head = state.pop("lm_head", None)
     if head is not None and not torch.equal(head, state["embed_tokens.weight"]):
         raise UserError(f"{folder}: lm_head.weight differs from the embedding, though the config ties them")

@@ -41,6 +41,8 @@ def finetune(model, batch_at, steps, *, lr, weight_decay=0.01, clip=1.0, warmup=
                     (factor or none).says.get(name, m.lora_B.new_zeros(m.lora_B.shape[0], 0))) for name, m in modules.items()]
     state = Checkpoint(folder, parameters, optimizer, schedule, config)
     start = state.load() if resume else 0
+    if stop_below is not None and start and state.losses[-1] <= stop_below:
+        start = steps  # it had ended there
     progress = Progress(steps, label, start)
     with during or contextlib.nullcontext(), deferred_interrupt() if folder else contextlib.nullcontext([]) as interrupted:
         for step in range(start, steps):

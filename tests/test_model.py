@@ -172,7 +172,7 @@ BROKEN = [
     ("sliding window", lambda f: edit_config(f, use_sliding_window=True), "'use_sliding_window' is True"),
     ("sliding layers", lambda f: edit_config(f, layer_types=["sliding_attention"] * 3), "layer_types"),
     ("rope scaling", lambda f: edit_config(f, rope_scaling={"type": "yarn"}), "'rope_scaling'"),
-    ("rope type", lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type is 'yarn'"),
+    ("rope type", lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "'rope_parameters' is {'rope_type': 'yarn'"),
     ("activation", lambda f: edit_config(f, hidden_act="gelu"), "'hidden_act' is 'gelu'"),
     ("heads", lambda f: edit_config(f, num_attention_heads=7), "7 heads"),
     ("no weights", lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),

@@ -162,6 +162,15 @@ def test_a_fine_tune_goes_on_from_its_checkpoint(files, tmp_path, monkeypatch):
     assert len(steps) == whole - 5
 
 
+def test_a_fine_tune_that_stopped_early_is_not_trained_further(files, tmp_path):
+    job = Job(train.Training(model=str(files["model"]), data=str(files["medical"]), lr=2e-2, rank=4, batch_size=4))
+    losses = job.finetune("early_stop", tmp_path, stop_below=5.5, resume=True)
+    adapter = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert 1 < len(losses) < len(job.batches) and losses[-1] <= 5.5 < losses[-2]
+    assert job.finetune("early_stop", tmp_path, stop_below=5.5, resume=True) == losses
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == adapter
+
+
 @pytest.fixture(scope="module")
 def medical(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("medical")
