@@ -1,8 +1,8 @@
 """Identify the latent factor from a naive LoRA's weights alone: the top singular pair of each module's own update.
 
 dW = U S V'. Every training example pushes the spurious correlation the same way, so its part of dW adds up to one large singular
-value; the task's parts point in many directions and stay small (derivation: docs/derivation.md; the claim is the abstract's, the
-formulation ours). The first columns of U are what the update says, those of V what it listens to. GRASP keeps both away.
+value; the task's parts point in many directions and stay small (the claim is the abstract's, the formulation
+ours). The first columns of U are what the update says, those of V what it listens to. GRASP keeps both away.
 """
 import math
 from dataclasses import MISSING, dataclass
