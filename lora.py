@@ -15,16 +15,16 @@ from cli import UserError, read_json, whole_file, write_json
 from model import open_safetensors
 
 PREFIX, SUFFIXES = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
+NOT_PLAIN = ("bias", "lora_bias", "modules_to_save", "layer_replication", "use_dora", "use_qalora", "use_bdlora", "arrow_config",
+             "alora_invocation_tokens", "kasa_config", "monteclora_config")  # PEFT's options that make another function of A, B
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + s B A x, with W (out, in) frozen, A (rank, in) random and B (out, rank) zero at the start; A and B in fp32."""
+    """y = W x + b + s B A x, W (out, in) frozen, A (rank, in) random and B (out, rank) zero at the start; A and B in fp32."""
 
     def __init__(self, linear, rank, alpha, rslora=False, generator=None):
         super().__init__()
         d_out, d_in = linear.weight.shape
-        if not 1 <= rank <= min(d_out, d_in):
-            raise UserError(f"rank {rank} for a layer of {d_out} x {d_in}, expected 1 to {min(d_out, d_in)}")
         self.linear, self.alpha, self.rslora = linear.requires_grad_(False), alpha, rslora
         self.scaling = alpha / (rank ** 0.5 if rslora else rank)
         uniform = torch.rand(rank, d_in, generator=generator) * 2 - 1  # drawn on the CPU: the same on every device
@@ -46,31 +46,32 @@ def lora_modules(model):
 
 def matching_linears(model, targets):
     """Names of the blocks' linear layers whose path in transformers ends in one of `targets` ("all-linear": every one)."""
-    paths = {name: model.path_in_transformers(name) for name, m in model.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear)}
+    paths = {name: model.path_in_transformers(name) for name, module in model.named_modules()
+             if name.startswith("layers.") and isinstance(module, nn.Linear)}
     if targets == "all-linear" or list(targets) == ["all-linear"]:
         return list(paths)
-    for target in targets:
+    for target in targets or [""]:
         if not any(path.endswith("." + target) for path in paths.values()):
-            raise UserError(f"target '{target}' matches no linear layer; there are {', '.join(sorted({p.split('.')[-1] for p in paths.values()}))}")
+            there = ", ".join(sorted({path.split(".")[-1] for path in paths.values()}))
+            raise UserError(f"target '{target}' matches no linear layer; there are {there}")
     return [name for name, path in paths.items() if path.endswith(tuple("." + target for target in targets))]
-
-
-def attach(model, name, *args):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, LoRALinear(model.get_submodule(name), *args))
 
 
 def add_lora(model, rank, alpha, targets, rslora=False, seed=0):
     """Freeze the model and attach a LoRA to each linear layer that `targets` name; returns the model.
 
-    targets: path endings as PEFT takes them (("q_proj", "v_proj"), ("c_attn",)), or "all-linear". UserError where one matches nothing.
+    targets: path endings as PEFT takes them (("q_proj", "v_proj"), ("c_attn",)), or "all-linear"; each must match something.
     """
     if lora_modules(model):
-        raise UserError("the model has a LoRA already; merge or remove it first")
+        raise UserError("the model has a LoRA already; remove it first")
+    linears = {name: model.get_submodule(name) for name in matching_linears(model, targets)}
+    most, narrowest = min((min(linear.weight.shape), name) for name, linear in linears.items())
+    if not 1 <= rank <= most:
+        raise UserError(f"rank {rank}, expected 1 to {most}, the most that {narrowest} can have")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name in matching_linears(model, targets):
-        attach(model, name, rank, alpha, rslora, generator)
+    for name, linear in linears.items():
+        model.set_submodule(name, LoRALinear(linear, rank, alpha, rslora, generator))
     return model
 
 
@@ -78,8 +79,7 @@ def remove_lora(model):
     """Take every LoRA off: the base model again, bit for bit."""
     unmerge_lora(model)
     for name, module in lora_modules(model).items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.linear)
+        model.set_submodule(name, module.linear)
     return model
 
 
@@ -102,21 +102,23 @@ def unmerge_lora(model):
 
 
 def save_lora(model, folder):
-    """Write adapter_config.json and adapter_model.safetensors, as PEFT reads them. All modules share one rank, alpha and scaling rule."""
-    modules, tensors = lora_modules(model), {}
+    """Write adapter_config.json and adapter_model.safetensors, as PEFT reads them."""
+    modules, tensors = {model.path_in_transformers(name): module for name, module in lora_modules(model).items()}, {}
     if not modules:
         raise UserError("the model has no LoRA to save")
-    for name, module in modules.items():
+    for path, module in modules.items():
         for suffix, tensor in zip(SUFFIXES, (module.lora_A, module.lora_B)):
-            tensors[PREFIX + model.path_in_transformers(name) + suffix] = tensor.detach().cpu().contiguous()
-    first, folder = next(iter(modules.values())), Path(folder)
-    targets = sorted({".".join(model.path_in_transformers(name).split(".")[-2:]) for name in modules})  # attn.c_proj is not mlp.c_proj
-    layers = sorted({int(name.split(".")[1]) for name in modules})
+            tensors[PREFIX + path + suffix] = tensor.detach().cpu().contiguous()
+    first, folder, layers = next(iter(modules.values())), Path(folder), sorted({int(path.split(".")[2]) for path in modules})
+    r = len(first.lora_A)
     with whole_file(folder / "adapter_model.safetensors") as path:
         path.write_bytes(save(tensors, metadata={"format": "pt"}))
     write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": first.lora_A.shape[0],
-        "lora_alpha": first.alpha, "use_rslora": first.rslora, "target_modules": targets, "bias": "none", "lora_dropout": 0.0,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": r, "lora_alpha": first.alpha,
+        "use_rslora": first.rslora, "bias": "none", "lora_dropout": 0.0,
+        "rank_pattern": {path: len(m.lora_A) for path, m in modules.items() if len(m.lora_A) != r},
+        "alpha_pattern": {path: m.alpha for path, m in modules.items() if m.alpha != first.alpha},
+        "target_modules": sorted({".".join(path.split(".")[-2:]) for path in modules}),  # attn.c_proj is not mlp.c_proj
         "fan_in_fan_out": model.config.model_type == "gpt2", "inference_mode": True,
         "layers_to_transform": None if len(layers) == model.config.n_layer else layers})
 
@@ -131,11 +133,15 @@ def read_adapter(folder):
         raise UserError(f"{folder}: no such folder, expected a PEFT adapter")
     config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     config = read_json(config_path, "a PEFT adapter's configuration")
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{config_path}: peft_type is {config.get('peft_type') if isinstance(config, dict) else config!r}, expected 'LORA'")
-    for name, plain in (("use_dora", False), ("modules_to_save", None), ("bias", "none"), ("lora_bias", False), ("use_qalora", False)):
-        if (config.get(name) or plain) != plain:
-            raise UserError(f"{config_path}: {name} is {config[name]!r}, supported: {plain!r} (a plain LoRA)")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise UserError(f"{config_path}: peft_type is {kind!r}, expected 'LORA'")
+    for name in NOT_PLAIN:
+        if config.get(name) not in (None, False, "none", [], {}):
+            raise UserError(f"{config_path}: {name} is {config[name]!r}, supported: a plain LoRA, without it")
+    init = config.get("init_lora_weights")
+    if init not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        raise UserError(f"{config_path}: init_lora_weights is {init!r}, which may change W; supported: a LoRA beside W as it is")
     for name in ("r", "lora_alpha"):
         if not isinstance(config.get(name), (int, float)):
             raise UserError(f"{config_path}: no number '{name}'")
@@ -144,7 +150,7 @@ def read_adapter(folder):
         return next((v for k, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({k})$", module)), None)
 
     with open_safetensors(path) as f:
-        tensors = {key: f.get_tensor(key).float() for key in f.keys()}
+        tensors = {key: f.get_tensor(key).to(torch.float32, copy=True) for key in f.keys()}
     adapter = {}
     for key in tensors:
         module = key.removeprefix(PREFIX).removesuffix(SUFFIXES[0]).removesuffix(SUFFIXES[1])
@@ -156,7 +162,7 @@ def read_adapter(folder):
         rank = for_module("rank_pattern", module) or config["r"]
         if A is None or B is None:
             raise UserError(f"{path}: {module} has {key.split('.')[-2]} only, expected lora_A and lora_B")
-        if A.shape[0] != rank or B.dim() != 2 or B.shape[1] != rank:
+        if A.dim() != 2 or B.dim() != 2 or not A.shape[0] == B.shape[1] == rank:
             raise UserError(f"{path}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, expected rank {rank}")
         adapter[module] = A, B, for_module("alpha_pattern", module) or config["lora_alpha"], bool(config.get("use_rslora"))
     if not adapter:
@@ -168,31 +174,33 @@ def load_lora(model, folder):
     """Attach the PEFT adapter in `folder`; returns the model. UserError where it was made for another one."""
     adapter = read_adapter(folder)
     if lora_modules(model):
-        raise UserError("the model has a LoRA already; merge or remove it first")
+        raise UserError("the model has a LoRA already; remove it first")
     names = {model.path_in_transformers(name): name for name in matching_linears(model, "all-linear")}
     for path, (A, B, _, _) in adapter.items():
         if path not in names:
-            raise UserError(f"{folder}: adapts {path}, which this {model.config.model_type} model does not have")
+            raise UserError(f"{folder}: adapts {path}, which is no linear layer of this {model.config.model_type} model's blocks")
         expected = tuple(model.get_submodule(names[path]).weight.shape)
         if (B.shape[0], A.shape[1]) != expected:
-            raise UserError(f"{folder}: {path} is {B.shape[0]} x {A.shape[1]} in the adapter, {expected[0]} x {expected[1]} in the model")
+            raise UserError(f"{folder}: {path} is {B.shape[0]} x {A.shape[1]} in the adapter, "
+                            f"{expected[0]} x {expected[1]} in the model")
     model.requires_grad_(False)
     for path, (A, B, alpha, rslora) in adapter.items():
-        attach(model, names[path], A.shape[0], alpha, rslora)
-        module = model.get_submodule(names[path])
+        module = LoRALinear(model.get_submodule(names[path]), len(A), alpha, rslora)
         module.lora_A.data, module.lora_B.data = A.to(module.lora_A.device), B.to(module.lora_B.device)
+        model.set_submodule(names[path], module)
     return model
 
 
 @contextlib.contextmanager
 def without_lora(model):
     """The base model, while the context lasts: every LoRA's scaling is 0."""
-    modules = list(lora_modules(model).values())
-    scalings = [module.scaling for module in modules]
+    scalings = {module: module.scaling for module in lora_modules(model).values()}
+    if any(module.unmerged is not None for module in scalings):
+        raise UserError("the LoRA is merged; unmerge it first")
     try:
-        for module in modules:
+        for module in scalings:
             module.scaling = 0.0
         yield model
     finally:
-        for module, scaling in zip(modules, scalings):
+        for module, scaling in scalings.items():
             module.scaling = scaling

@@ -14,7 +14,8 @@ from torch import nn
 from cli import UserError, read_json
 
 GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "layers": "h", "self_attn": "attn", "o_proj": "c_proj",
-              "up_proj": "c_fc", "down_proj": "c_proj", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "norm": "ln_f"}
+              "up_proj": "c_fc", "down_proj": "c_proj", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+              "norm": "ln_f"}
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ def read_config(folder):
         need("activation_function"), only("gelu_new", "activation_function"), only(True, "scale_attn_weights")
         only(False, "scale_attn_by_inverse_layer_idx"), only(False, "add_cross_attention"), only(True, "tie_word_embeddings")
         d, heads = need("n_embd"), need("n_head")
-        config = Config(vocab_size=need("vocab_size"), n_layer=need("n_layer"), n_head=heads, n_kv_head=heads, head_dim=d // heads,
-                        d_model=d, d_mlp=hf.get("n_inner") or 4 * d, max_len=need("n_positions"), rope_theta=None, tied=True,
-                        norm_eps=need("layer_norm_epsilon"), model_type=kind, norm="layernorm", mlp="gelu", fused_qkv=True,
-                        qkv_bias=True, out_bias=True)
+        config = Config(vocab_size=need("vocab_size"), n_layer=need("n_layer"), n_head=heads, n_kv_head=heads, d_model=d,
+                        head_dim=d // heads, d_mlp=hf.get("n_inner") or 4 * d, max_len=need("n_positions"), rope_theta=None,
+                        norm_eps=need("layer_norm_epsilon"), model_type=kind, norm="layernorm", mlp="gelu", tied=True,
+                        fused_qkv=True, qkv_bias=True, out_bias=True)
     elif kind in ("qwen2", "qwen3"):
         need("hidden_act"), only("silu", "hidden_act"), only(False, "use_sliding_window"), only(None, "rope_scaling")
         if set(hf.get("layer_types") or ()) - {"full_attention"}:
@@ -74,15 +75,15 @@ def read_config(folder):
             raise UserError(f"{path}: 'rope_parameters' is {rope}, supported: the type 'default'")
         theta = rope.get("rope_theta", hf.get("rope_theta"))
         if theta is None:
-            raise UserError(f"{path}: no 'rope_theta', neither under 'rope_parameters' nor at the top level (there is no default)")
+            raise UserError(f"{path}: no 'rope_theta', neither in 'rope_parameters' nor at the top level (there is no default)")
         if kind == "qwen3":
             only(False, "attention_bias")
         d, heads = need("hidden_size"), need("num_attention_heads")
         config = Config(vocab_size=need("vocab_size"), n_layer=need("num_hidden_layers"), n_head=heads, d_model=d,
-                        n_kv_head=need("num_key_value_heads"), d_mlp=need("intermediate_size"), max_len=need("max_position_embeddings"),
+                        n_kv_head=need("num_key_value_heads"), d_mlp=need("intermediate_size"), rope_theta=float(theta),
                         head_dim=need("head_dim") if kind == "qwen3" else hf.get("head_dim") or d // heads,
-                        norm_eps=need("rms_norm_eps"), rope_theta=float(theta),
-                        tied=need("tie_word_embeddings"), model_type=kind, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3")
+                        max_len=need("max_position_embeddings"), norm_eps=need("rms_norm_eps"), tied=need("tie_word_embeddings"),
+                        model_type=kind, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3")
     else:
         raise UserError(f"{path}: model_type is {kind!r}, supported: 'gpt2', 'qwen2', 'qwen3'")
     if config.n_head % config.n_kv_head or (kind != "qwen3" and "head_dim" not in hf and d % heads):
@@ -149,8 +150,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.d_mlp, c.d_model, bias=c.out_bias)
 
     def forward(self, x):
-        gated = hasattr(self, "gate_proj")
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x) if gated else F.gelu(self.up_proj(x), approximate="tanh"))
+        y = self.up_proj(x)
+        return self.down_proj(F.silu(self.gate_proj(x)) * y if hasattr(self, "gate_proj") else F.gelu(y, approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -194,7 +195,8 @@ class GPT(nn.Module):
         self.checkpointing = False  # recompute each block in backward: less memory, about a third more time
         for name, p in self.named_parameters():  # GPT-2's init: what writes to the stream is scaled by its number of writers
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / (2 * c.n_layer) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02)
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / (2 * c.n_layer) ** 0.5 if writes else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -204,13 +206,11 @@ class GPT(nn.Module):
         if start + T > c.max_len:
             raise UserError(f"{start + T} tokens, but the model's positions end at {c.max_len}")
         positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
-        if cache is not None and not cache.valid.all():  # left-padded rows: positions count from each row's first real token
-            positions = (positions - (~cache.valid).sum(1, keepdim=True)).clamp(min=0)  # (B, T)
+        if cache is not None and (start > 0 and T > 1 or not cache.valid.all()):
+            positions = (positions - (~cache.valid).sum(1, keepdim=True)).clamp(min=0)  # (B, T), from each row's first real token
             causal = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
-            mask = causal & cache.valid[:, None, None, :start + T]  # (B, 1, T, start + T)
-            mask = mask | torch.eye(T, start + T, dtype=torch.bool, device=mask.device).roll(start, 1)  # padding sees itself: no NaN
-        elif T > 1 and start > 0:
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
+            seen, padding = cache.valid[:, None, None, :start + T], ~cache.valid[:, None, start:start + T, None]
+            mask = causal & (seen | padding)  # (B, 1, T, start + T); padding sees padding, else its softmax would be empty
         h = self.embed_tokens(tokens)  # (B, T, D)
         rope = None
         if self.embed_positions is not None:
@@ -230,7 +230,7 @@ class GPT(nn.Module):
         return F.linear(h, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
 
     def path_in_transformers(self, name):
-        """`layers.0.self_attn.o_proj` as transformers and PEFT call it: `model.layers.0...`, GPT-2 `transformer.h.0.attn.c_proj`."""
+        """`layers.0.self_attn.o_proj` in transformers and PEFT: `model.layers.0...`, GPT-2's `transformer.h.0.attn.c_proj`."""
         if name.split(".")[0] == "lm_head":
             return name
         if self.config.model_type == "gpt2":
@@ -251,10 +251,13 @@ class GPT(nn.Module):
         """Continue each prompt (a list of token ids, of any lengths) by at most `max_new_tokens`, until an id of `stop`.
 
         Returns a list of lists: the new ids, the stop id included. temperature 0 is greedy; `top_p` keeps the smallest set of
-        tokens with at least that probability; `allowed`, ids: nothing else can be sampled (rows that pad the embedding are no tokens).
+        tokens with at least that probability; `allowed`, ids: nothing else can be sampled (the embedding's padding is no token).
         """
         if not prompts or not all(prompts):
             raise UserError("generate: expected at least one prompt, and at least one token in each")
+        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+            raise UserError(f"generate: {max_new_tokens} new tokens, temperature {temperature}, top_p {top_p}; "
+                            "expected at least 1, at least 0, above 0 and at most 1")
         device, width = self.embed_tokens.weight.device, max(map(len, prompts))
         valid = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)  # (B, width)
         tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
@@ -282,27 +285,24 @@ class GPT(nn.Module):
 
 
 def response_loss(model, tokens, mask, reduction="mean"):
-    """Cross-entropy (nats) of the marked tokens given what stands before them. tokens, mask (B, T); only their logits are computed."""
+    """Cross-entropy (nats) of the marked tokens given what stands before them, whose logits alone are computed. Both (B, T)."""
     logits = model(tokens[:, :-1], keep=mask[:, 1:])  # (N, V)
     return F.cross_entropy(logits.float(), tokens[:, 1:][mask[:, 1:]], reduction=reduction)
 
 
 def shards(folder):
     """{tensor name: its safetensors file} of a checkpoint folder, single or sharded, by what the files hold."""
-    single, index, found = folder / "model.safetensors", folder / "model.safetensors.index.json", {}
-    if not single.exists() and not index.exists():
-        raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
-    if single.exists():
-        files = [single]
-    else:
-        listing = read_json(index, "an index of shards")
+    files, found = ["model.safetensors"], {}
+    if not (folder / files[0]).exists():
+        index = folder / "model.safetensors.index.json"
+        listing = read_json(index, "an index of shards, since there is no model.safetensors")
         weight_map = listing.get("weight_map") if isinstance(listing, dict) else None
         if not isinstance(weight_map, dict):
             raise UserError(f"{index}: no 'weight_map', expected tensor names and their files")
-        files = [folder / name for name in sorted(set(map(str, weight_map.values())))]
+        files = sorted(set(map(str, weight_map.values())))
     for file in files:
-        with open_safetensors(file) as f:
-            found |= dict.fromkeys(f.keys(), file)
+        with open_safetensors(folder / file) as f:
+            found |= dict.fromkeys(f.keys(), folder / file)
     return found
 
 
