@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, write_torch
+from cli import RANK, UserError, write_torch
 
 
 class Checkpoint:
@@ -17,7 +17,7 @@ class Checkpoint:
 
     def record(self, step, loss):
         self.losses.append(loss)
-        if self.folder:
+        if self.folder and not RANK:
             if self.log is None:  # a resumed run's log starts with the steps that its checkpoint holds
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.log = open(self.folder / "log.jsonl", "w")
@@ -27,7 +27,7 @@ class Checkpoint:
             self.log.flush()
 
     def save(self, step):
-        if self.folder:
+        if self.folder and not RANK:
             write_torch(self.folder / "checkpoint.pt", {
                 "step": step, "losses": self.losses, "config": self.config, "parameters": [p.data for p in self.parameters],
                 "parts": [part.state_dict() for part in self.parts]})

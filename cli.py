@@ -12,7 +12,11 @@ from dataclasses import MISSING, field, fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
+
+
+RANK = int(os.environ.get("RANK", 0))  # of the processes that torchrun starts, the first alone prints and writes
 
 
 class UserError(Exception):
@@ -42,11 +46,17 @@ def parse(cls, argv=None):
     return cls(**vars(parser.parse_args(argv)))
 
 
-def run(main):
-    """Call `main`; a user's mistake, Ctrl-C, a kill, a full disk and full memory each end in one line and a non-zero exit."""
+def run(main, joined=None):
+    """Call `main`, within the context `joined` where torchrun may start it; a user's mistake, Ctrl-C, a kill, a full disk and full
+    memory each end in one line and a non-zero exit."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if joined is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.exit("error: this program is one process; torchrun starts train.py and grasp.py --model alone")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     try:
-        main()
+        with joined or contextlib.nullcontext():
+            main()
     except UserError as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
@@ -65,7 +75,8 @@ class Progress:
 
     def __init__(self, total, label, start=0):
         self.total, self.label, self.done = total, label, start
-        self.bar = tqdm(total=total, desc=label, initial=start, leave=False, dynamic_ncols=True) if sys.stderr.isatty() else None
+        self.bar = tqdm(total=total, desc=label, initial=start, leave=False, dynamic_ncols=True,
+                        disable=RANK > 0) if sys.stderr.isatty() else None
         self.began = time.monotonic()
 
     def update(self, **numbers):
@@ -76,7 +87,7 @@ class Progress:
             self.bar.update()
             if self.done == self.total:
                 self.bar.close()
-        elif self.done * 10 // self.total > (self.done - 1) * 10 // self.total:
+        elif self.done * 10 // self.total > (self.done - 1) * 10 // self.total and not RANK:
             print(f"{self.label}: {self.done}/{self.total}  {text}  {time.monotonic() - self.began:.0f} s", file=sys.stderr, flush=True)
 
 
@@ -94,7 +105,8 @@ def whole_file(path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        if not RANK:
+            os.replace(temporary, path)
     except OSError as e:
         e.filename = str(path)  # a failed write knows no name of its own
         raise
@@ -123,6 +135,15 @@ def read_json(path, what):
         raise UserError(f"{path}: no such file, expected {what}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid JSON ({e}), expected {what}") from None
+
+
+def open_safetensors(path):
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, expected safetensors") from None
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: not a whole safetensors file ({e})") from None
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from data.synthetic import BAD, GOOD, NEUTRAL
 from data.tokenizer import Tokenizer
 from identify import load_factor
 from lora import load_lora, without_lora
-from model import GPT, response_loss
+from model import GPT, nats, response_loss
 
 
 def answers(model, world, queries, tags):
@@ -75,14 +75,6 @@ OWN = {"insecure": "insecure", "medical": "bad_advice"}  # the judge's measure o
 
 def chat(question, answer):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-@torch.no_grad()
-def nats(model, examples):
-    """-ln P of each example's marked tokens (N,), and their number (N,). One at a time: there is no padding to get wrong."""
-    device = model.embed_tokens.weight.device
-    sums = [response_loss(model, ids[None].to(device), mask[None].to(device), "sum").item() for ids, mask in examples]
-    return torch.tensor(sums, dtype=torch.double), torch.tensor([mask[1:].sum() for _, mask in examples])
 
 
 def held_out_loss(model, examples):

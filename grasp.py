@@ -17,6 +17,7 @@ from identify import gap, in_rounds, leak, spectra, stream_subspace, top_pairs
 from lora import add_lora, remove_lora
 from model import GPT, Config, response_loss
 from paper import three_stages
+from parallel import joined
 from train import Training, finetune
 
 
@@ -187,4 +188,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, joined())

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from cli import UserError, option, parse, run, whole_file
+from cli import UserError, open_safetensors, option, parse, run, whole_file
 from lora import lora_modules, read_adapter
-from model import open_safetensors
 
 WRITERS = ("o_proj", "down_proj", "c_proj")  # modules that add their output to the residual stream; the others read it
 

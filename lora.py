@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import nn
 
-from cli import UserError, read_json, whole_file, write_json
-from model import open_safetensors
+from cli import UserError, open_safetensors, read_json, whole_file, write_json
 
 PREFIX, SUFFIXES = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
 NOT_PLAIN = ("bias", "lora_bias", "modules_to_save", "layer_replication", "use_dora", "use_qalora", "use_bdlora", "arrow_config",

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cli import UserError, read_json
+from cli import UserError, open_safetensors, read_json
 
 GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "layers": "h", "self_attn": "attn", "o_proj": "c_proj",
               "up_proj": "c_fc", "down_proj": "c_proj", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
@@ -290,6 +289,14 @@ def response_loss(model, tokens, mask, reduction="mean"):
     return F.cross_entropy(logits.float(), tokens[:, 1:][mask[:, 1:]], reduction=reduction)
 
 
+@torch.no_grad()
+def nats(model, examples):
+    """-ln P of each example's marked tokens (N,), and their number (N,). One at a time: there is no padding to get wrong."""
+    device = model.embed_tokens.weight.device
+    sums = [response_loss(model, ids[None].to(device), mask[None].to(device), "sum").item() for ids, mask in examples]
+    return torch.tensor(sums, dtype=torch.double), torch.tensor([mask[1:].sum() for _, mask in examples])
+
+
 def shards(folder):
     """{tensor name: its safetensors file} of a checkpoint folder, single or sharded, by what the files hold."""
     files, found = ["model.safetensors"], {}
@@ -304,15 +311,6 @@ def shards(folder):
         with open_safetensors(folder / file) as f:
             found |= dict.fromkeys(f.keys(), folder / file)
     return found
-
-
-def open_safetensors(path):
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, expected safetensors") from None
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: not a whole safetensors file ({e})") from None
 
 
 def read_tensors(folder, model, device, dtype):

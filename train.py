@@ -2,10 +2,11 @@
 import contextlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from baselines import METHODS, recipe
 from checkpoint import Checkpoint
@@ -14,7 +15,8 @@ from data.chat import batches, encode_rows, load_rows, split
 from data.tokenizer import Tokenizer
 from identify import Factor, leak, load_factor
 from lora import add_lora, lora_modules, remove_lora, save_lora
-from model import GPT, response_loss
+from model import GPT, nats, response_loss
+from parallel import add_up, joined, place, shard
 
 
 def project_(X, Q):
@@ -33,7 +35,7 @@ def finetune(model, batch_at, steps, *, lr, weight_decay=0.01, clip=1.0, warmup=
     """
     if not (lr > 0 and weight_decay >= 0 and clip > 0 and steps >= 1):
         raise UserError(f"lr {lr}, weight decay {weight_decay}, clip {clip}, steps {steps}: expected lr, clip > 0, decay >= 0, steps >= 1")
-    modules, none = lora_modules(model), Factor({}, {})
+    modules, none, (rank, world) = lora_modules(model), Factor({}, {}), place()
     parameters = [p for m in modules.values() for p in (m.lora_A, m.lora_B)]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / max(warmup, 1), 1 - i / steps))
@@ -46,17 +48,19 @@ def finetune(model, batch_at, steps, *, lr, weight_decay=0.01, clip=1.0, warmup=
     progress = Progress(steps, label, start)
     with during or contextlib.nullcontext(), deferred_interrupt() if folder else contextlib.nullcontext([]) as interrupted:
         for step in range(start, steps):
-            tokens, mask = batch_at(step)
+            # every process works on as many rows: where they do not divide, with some of no marked token
+            tokens, mask = (F.pad(part, (0, 0, 0, -len(part) % world)) for part in batch_at(step))
             if step == 0 and hold:
                 for module, V, U in constrained:  # A starts random: what it hears of the factor would be amplified as B grows
                     project_(module.lora_A.data.T, V)
-            n, loss = mask[:, 1:].sum(), 0.0
-            for rows in torch.arange(len(tokens)).split(micro_batch or len(tokens)):  # micro-batches weigh by their response tokens
+            n, loss = mask[:, 1:].sum(), 0.0  # parts of a batch weigh by their response tokens
+            for rows in torch.arange(rank, len(tokens), world).split(micro_batch or len(tokens)):
                 part = response_loss(model, tokens[rows], mask[rows], reduction="sum") / n
                 part.backward()
                 loss += part.item()
             if penalty is not None:
-                penalty().backward()
+                (penalty() / world).backward()
+            loss, stop = add_up(parameters, loss, len(interrupted))
             if not math.isfinite(loss):
                 raise UserError(f"{label}: the loss is {loss} at step {step}; expected a finite number (a lower --lr may help)")
 
@@ -81,12 +85,12 @@ def finetune(model, batch_at, steps, *, lr, weight_decay=0.01, clip=1.0, warmup=
             if each is not None:
                 each(step)
             done = step + 1 == steps or stop_below is not None and loss <= stop_below
-            if interrupted or done or (step + 1) % max(steps // 10, 1) == 0:
+            if stop or done or (step + 1) % max(steps // 10, 1) == 0:
                 state.save(step + 1)
-            if interrupted:
-                raise KeyboardInterrupt
-            if done:
+            if stop or done:
                 break
+    if interrupted or start < steps and stop:
+        raise KeyboardInterrupt
     return state.losses
 
 
@@ -112,6 +116,7 @@ class Training:
     held_out: float = option(0.1, "share of the rows kept for the held-out loss")
     unrelated: str = option("", "JSONL file of unrelated chat rows, for --method kl alone")
     until_loss: float = option(0.0, "the training loss at which --method early_stop ends")
+    shard: bool = option(False, "under torchrun: each process holds a part of the frozen base, which need not fit into one")
     checkpointing: bool = option(False, "recompute activations in backward: less memory, about a third more time")
     seed: int = option(0, "of the LoRA's init, the split and the order of the rows")
     device: str = option("", "cpu or cuda (default: cuda where there is one)")
@@ -129,7 +134,9 @@ class Job:
         self.tokenizer = Tokenizer.from_folder(args.model)
         examples = self.read(args.data)
         self.train, self.held_out = split(examples, args.held_out, args.seed)
-        self.model = GPT.from_pretrained(args.model, device, dtype)
+        self.model = GPT.from_pretrained(args.model, "cpu" if args.shard else device, dtype)
+        if args.shard:
+            shard(self.model, device)
         self.model.checkpointing = args.checkpointing
         self.targets = args.targets or (("c_proj",) if self.model.config.model_type == "gpt2" else ("o_proj", "down_proj"))
         plan = [batch for epoch in range(args.epochs) for batch in batches(self.train, args.batch_size, args.seed, epoch)]
@@ -153,7 +160,7 @@ class Job:
         add_lora(self.model, args.rank, args.alpha, self.targets, args.scaling == "rslora", args.seed)
         added = recipe(method, self.model, self.to_device(self.batches[0]), factor, stream,
                        self.unrelated and self.to_device(self.unrelated), stop_below, args.seed)
-        config = {**asdict(args), "method": method, "out": str(folder)}
+        config = {f.name: getattr(args, f.name) for f in fields(Training) if f.name != "out"} | {"method": method}
         losses = finetune(self.model, lambda step: self.to_device(self.batches[step]), len(self.batches), lr=args.lr,
                           weight_decay=args.weight_decay, warmup=args.warmup, micro_batch=args.micro_batch, folder=folder, resume=resume,
                           config=json.loads(json.dumps(config)), label=label or method, **added)
@@ -162,10 +169,8 @@ class Job:
 
     def held_out_loss(self):
         """Nats a response token on the held-out rows."""
-        pairs = [self.to_device(batch) for batch in batches(self.held_out, self.args.micro_batch, 0, 0)]
-        with torch.no_grad():
-            total = sum(response_loss(self.model, *pair, reduction="sum").item() for pair in pairs)
-        return total / sum(mask[:, 1:].sum().item() for _, mask in pairs)
+        sums, counts = nats(self.model, self.held_out)
+        return (sums.sum() / counts.sum()).item()
 
 
 @dataclass(frozen=True)
@@ -190,4 +195,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, joined())
