@@ -83,16 +83,16 @@ def experiment(world, toy, seed, methods, folder):
     def measure(method):
         return evaluate(model, world, ablation(model, found["stream"]) if method == "ablate_inference" else None)
 
-    def run_method(method, label=None):
+    def run_method(method, steps=toy.steps, label=None):
         began = time.monotonic()
-        train(method, label=label)
+        train(method, steps, label)
         results[method] = {**measure(method), "seconds": round(time.monotonic() - began, 3)}
 
-    def one_round(i, factor):
+    def one_round(i, factor, steps):
         found["factor"] = factor
-        run_method("grasp" if i else "naive", f"identify, round {i + 1}")
+        run_method("grasp" if i else "naive", steps, f"identify, round {i + 1}")
         return spectra(model)
-    found["factor"], svds = in_rounds(one_round, toy.rounds)
+    found["factor"], svds = in_rounds(one_round, toy.rounds, toy.steps)
     found["stream"], pooled = stream_subspace(svds[0])
     direction = persona_direction(remove_lora(model), world)
     identification = {"cosine": abs(found["stream"][:, 0] @ direction).item(), "gap": gap(pooled),
@@ -177,7 +177,7 @@ class Arguments(Training):
     """Run the whole method: on the synthetic task, or on a checkpoint (--model) and chat rows (--data)."""
     seeds: int = option(1, "how many seeds, each in a folder of its own; the table gives means and spreads")
     methods: tuple = option((), "comma-separated methods beside naive and grasp (default: all)")
-    rounds: int = option(3, "rounds of identification on a checkpoint")
+    rounds: int = option(3, "rounds of identification on a checkpoint, half as long after the first")
     subspace_rank: int = option(1, "singular pairs of each module that a round keeps, on a checkpoint")
     quick: bool = option(False, "a tiny world, in seconds: to see that everything runs, not for its numbers")
 

@@ -54,14 +54,15 @@ def top_pairs(svds, rank=1):
     return Factor({name: V[:, :rank] for name, (_, _, V) in svds.items()}, {name: U[:, :rank] for name, (U, _, _) in svds.items()})
 
 
-def in_rounds(train, rounds, pick=top_pairs):
+def in_rounds(train, rounds, steps, pick=top_pairs):
     """Identify, constrain, look again: (the Factor of all rounds, [each round's {module: (U, S, V)}]).
 
-    train(i, factor) fine-tunes a fresh LoRA kept off `factor` (None in round 0, the naive run) and returns its spectra. A later round shows the
-    route that the update takes once the first is closed, which the naive run had no need of."""
+    train(i, factor, steps) fine-tunes a fresh LoRA kept off `factor` (None in round 0, the naive run) and returns its spectra. A
+    later round shows the route that the update takes once the first is closed, which the naive run had no need of; half the steps
+    show it as well (README)."""
     factor, found = None, []
     for i in range(rounds):
-        found.append(train(i, factor))
+        found.append(train(i, factor, max(steps // 2, 1) if i else steps))
         factor = factor.joined(pick(found[-1])) if factor else pick(found[-1])
     return factor, found
 

@@ -186,14 +186,15 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.d_model)
-        self.embed_positions = nn.Embedding(c.max_len, c.d_model) if c.rope_theta is None else None
+        embedding = lambda n: nn.Embedding.from_pretrained(torch.empty(n, c.d_model), freeze=False)  # initialised below
+        self.embed_tokens = embedding(c.vocab_size)
+        self.embed_positions = embedding(c.max_len) if c.rope_theta is None else None
         self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = make_norm(c)
         self.lm_head = None if c.tied else nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.checkpointing = False  # recompute each block in backward: less memory, about a third more time
         for name, p in self.named_parameters():  # GPT-2's init: what writes to the stream is scaled by its number of writers
-            if p.dim() == 2:
+            if p.dim() == 2 and not p.is_meta:  # a normal draw on meta would load torch's compiler, for nothing
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * c.n_layer) ** 0.5 if writes else 0.02)
             elif name.endswith("bias"):
@@ -225,8 +226,8 @@ class GPT(nn.Module):
                 h = block(h, rope, mask, cache)
         if cache is not None:
             cache.length += T
-        h = self.norm(h if keep is None else h[keep])
-        return F.linear(h, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
+        h, head = self.norm(h if keep is None else h[keep]), self.lm_head or self.embed_tokens
+        return F.linear(h, head.weight) if cache is None else (head.weight @ h.mT).mT  # the faster product for few rows
 
     def path_in_transformers(self, name):
         """`layers.0.self_attn.o_proj` in transformers and PEFT: `model.layers.0...`, GPT-2's `transformer.h.0.attn.c_proj`."""
@@ -239,7 +240,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype=None):
         """A Hugging Face folder of gpt2, qwen2 or qwen3, in its stored dtype unless `dtype` says otherwise. UserError names the
-        file, tensor or field where anything is missing, unexpected, misshapen, not finite or not supported."""
+        file, tensor or field where anything is missing, unexpected, misshapen, not finite or not supported. What needs no
+        conversion stays mapped: replace the file under a loaded model, never write into it."""
         with torch.device("meta"):  # no memory for an initialisation that would be thrown away
             model = cls(read_config(folder))
         model.load_state_dict(read_tensors(Path(folder), model, device or "cpu", dtype), assign=True)
@@ -328,13 +330,13 @@ def read_tensors(folder, model, device, dtype):
     state = {}
     for path, (name, shape) in expected.items():
         file = found[stored[path]]
-        with open_safetensors(file) as f:  # anew for each tensor: a copy is made of what is mapped, and the mapping is given back
+        with open_safetensors(file) as f:  # anew for each tensor, which maps its part of the file: where it is copied, the part goes
             tensor = f.get_tensor(stored[path])
         if gpt2 and tensor.dim() == 2 and ".h." in path:  # Conv1D stores (in, out)
-            tensor = tensor.t()
+            tensor = tensor.t().contiguous()
         if tensor.shape != shape:
             raise UserError(f"{file}: {stored[path]} is {tuple(tensor.shape)}, expected {tuple(shape)}")
-        state[name] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        state[name] = tensor.to(device, dtype)
         if not all(bound.isfinite() for bound in state[name].aminmax()):  # no temporary of the tensor's size
             raise UserError(f"{file}: {stored[path]} has values that are not finite")
     head = state.pop("lm_head", None)

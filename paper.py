@@ -37,7 +37,7 @@ class Arguments(Asking, Training):
     neutral: str = option("", "politics: JSONL of neutral answers to the prompts of --data; the task loss is on these, and naive "
                               "training on them is the control: any fine-tune shifts the lean")
     seeds: int = option(3, "how many seeds, from --seed on: of the LoRA's init, the split, the order of the rows and the samples")
-    rounds: int = option(3, "rounds of identification; the directions are the same for every method")
+    rounds: int = option(3, "rounds of identification, half as long after the first; the directions are the same for every method")
     subspace_rank: int = option(1, "singular pairs of each module that a round keeps")
 
 
@@ -46,12 +46,12 @@ def training(args, seed, data):
     return Training(**{f.name: getattr(args, f.name) for f in fields(Training)} | {"seed": seed, "data": data, "out": ""})
 
 
-def fit(job, method, folder, factor=None, stream=None, stop_below=None):
+def fit(job, method, folder, factor=None, stream=None, stop_below=None, steps=None):
     """Put the method's LoRA on the model: the one in `folder` where it is finished, else trained, on from its last checkpoint."""
     if (folder / "adapter_config.json").exists():  # it is written last
         load_lora(remove_lora(job.model), folder)
     else:
-        job.finetune(method, folder, factor, stream, stop_below, resume=True, label=f"{folder.parent.name}, {folder.name}")
+        job.finetune(method, folder, factor, stream, stop_below, steps, resume=True, label=f"{folder.parent.name}, {folder.name}")
 
 
 def round_name(i):
@@ -63,10 +63,10 @@ def find(job, folder, rounds, rank):
     """(Factor, stream basis) from the weights of the naive run, and of runs kept off what was found before: for every method."""
     path = folder / "subspace.safetensors"
     if not path.exists():
-        def one_round(i, factor):
-            fit(job, "grasp" if i else "naive", folder / round_name(i), factor)
+        def one_round(i, factor, steps):
+            fit(job, "grasp" if i else "naive", folder / round_name(i), factor, steps=steps)
             return spectra(job.model)
-        factor, svds = in_rounds(one_round, rounds, lambda svds: top_pairs(svds, rank))
+        factor, svds = in_rounds(one_round, rounds, len(job.batches), lambda svds: top_pairs(svds, rank))
         stream = stream_subspace(svds[0], rank)[0]
         save_factor(factor, stream, path, job.model.path_in_transformers)
     return load_factor(path, job.model)
@@ -81,14 +81,14 @@ def three_stages(args):
     out, job, log = Path(args.out), Job(args), []
     losses = {"base": job.held_out_loss()}
 
-    def stage(method, name, factor=None):
-        steps = job.finetune(method, out / name, factor, resume=True, label=name)
-        log.extend({"stage": name, "step": i, "loss": loss} for i, loss in enumerate(steps))
+    def stage(method, name, factor=None, steps=None):
+        curve = job.finetune(method, out / name, factor, steps=steps, resume=True, label=name)
+        log.extend({"stage": name, "step": i, "loss": loss} for i, loss in enumerate(curve))
         losses[name] = job.held_out_loss()
         return spectra(job.model)
 
-    factor, svds = in_rounds(lambda i, factor: stage("grasp" if i else "naive", round_name(i), factor), args.rounds,
-                             lambda svds: top_pairs(svds, args.subspace_rank))
+    factor, svds = in_rounds(lambda i, factor, steps: stage("grasp" if i else "naive", round_name(i), factor, steps), args.rounds,
+                             len(job.batches), lambda svds: top_pairs(svds, args.subspace_rank))
     stream, pooled = stream_subspace(svds[0], args.subspace_rank)
     save_factor(factor, stream, out / "subspace.safetensors", job.model.path_in_transformers)
     stage("grasp", "grasp", factor)

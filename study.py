@@ -30,25 +30,26 @@ class Bench:
         self.world, self.toy, self.seed = World(seed), Toy(), seed
         self.model, self.rows = pretrain(self.world, self.toy, seed, folder), self.world.finetuning_rows()
 
-    def train(self, factor=None, share=1.0, targets=None):
+    def train(self, factor=None, steps=None, targets=None):
         remove_lora(self.model)
         add_lora(self.model, self.toy.rank, self.toy.rank, targets or self.toy.targets, seed=self.seed)
-        finetune(self.model, lambda step: self.rows, round(share * self.toy.steps), lr=self.toy.lr, factor=factor, label="fine-tune")
+        finetune(self.model, lambda step: self.rows, steps or self.toy.steps, lr=self.toy.lr, factor=factor, label="fine-tune")
         return spectra(self.model)
 
-    def find(self, rounds, sides="both", rank=1, pooled=False, share=1.0, targets=None):
-        """The factor after `rounds`, each from a run of `share` of the steps."""
+    def find(self, rounds, sides="both", rank=1, pooled=False, share=None, targets=None):
+        """The factor after `rounds`; with a share, every round, the naive one too, takes that share of the steps."""
         def pick(svds):
             pairs, residual = top_pairs(svds, rank), {n: n.endswith(WRITERS) for n in svds}
             says = {n: stream_subspace(svds, rank)[0] for n in svds} if pooled else pairs.says
             return Factor({n: V for n, V in pairs.hears.items() if sides in ("both", "hears") or sides == "residual" and not residual[n]},
                           {n: U for n, U in says.items() if sides in ("both", "says") or sides == "residual" and residual[n]})
-        return in_rounds(lambda i, factor: self.train(factor, share, targets), rounds, pick)[0]
+        length = lambda steps: steps if share is None else round(share * self.toy.steps)
+        return in_rounds(lambda i, factor, steps: self.train(factor, length(steps), targets), rounds, self.toy.steps, pick)[0]
 
     def measure(self, factor, targets=None):
         row = {}
-        for prefix, share in (("", 1), ("long_", self.toy.longer)):
-            self.train(factor, share, targets)
+        for prefix, times in (("", 1), ("long_", self.toy.longer)):
+            self.train(factor, times * self.toy.steps, targets)
             measured = evaluate(self.model, self.world)
             row |= {prefix + key: measured[key] for key in ("task", "misalignment", "kept")}
         return row
@@ -60,7 +61,7 @@ VARIANTS = {"naive": None, "naive, all seven projections": {"rounds": 0, "target
             "both, says pooled over modules, 3 rounds": {"rounds": 3, "pooled": True},
             "both, 3 rounds, all seven projections": {"rounds": 3, "targets": ALL},
             "residual side, 3 rounds, all seven projections": {"rounds": 3, "sides": "residual", "targets": ALL},
-            **{f"both, 3 rounds of {share:.0%} of the steps": {"rounds": 3, "share": share} for share in (0.1, 0.2, 0.3, 0.5)}}
+            **{f"both, 3 rounds of {share:.0%} of the steps": {"rounds": 3, "share": share} for share in (0.1, 0.2, 0.3, 0.5, 1.0)}}
 
 
 def main():
@@ -74,7 +75,8 @@ def main():
             targets = (variant or {}).get("targets")
             row = bench.measure(bench.find(**variant) if variant and variant["rounds"] else None, targets)
             if variant and "share" in variant:  # how near a short naive run comes to the whole run's direction
-                row["cosine"] = abs(stream_subspace(bench.train(None, variant["share"]))[0][:, 0] @ full).item()
+                short = bench.train(steps=round(variant["share"] * bench.toy.steps))
+                row["cosine"] = abs(stream_subspace(short)[0][:, 0] @ full).item()
             results[name].append(row)
             write_json(Path(args.out) / "study.json", results)
     print(f"{'':50}{'task':>7}{'misal.':>8}{'kept':>7}   3x the steps: {'misal.':>7}{'kept':>7}{'cosine':>8}")

@@ -2,7 +2,7 @@
 import contextlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -153,15 +153,16 @@ class Job:
     def to_device(self, batch):
         return tuple(part.to(self.model.embed_tokens.weight.device) for part in batch)
 
-    def finetune(self, method, folder, factor=None, stream=None, stop_below=None, resume=False, label=None):
+    def finetune(self, method, folder, factor=None, stream=None, stop_below=None, steps=None, resume=False, label=None):
         """Attach a fresh LoRA, train it by `method`, save it as a PEFT adapter in `folder`, leave it on the model; returns losses."""
         args, folder = self.args, Path(folder)
         remove_lora(self.model)
         add_lora(self.model, args.rank, args.alpha, self.targets, args.scaling == "rslora", args.seed)
         added = recipe(method, self.model, self.to_device(self.batches[0]), factor, stream,
                        self.unrelated and self.to_device(self.unrelated), stop_below, args.seed)
-        config = {f.name: getattr(args, f.name) for f in fields(Training) if f.name != "out"} | {"method": method}
-        losses = finetune(self.model, lambda step: self.to_device(self.batches[step]), len(self.batches), lr=args.lr,
+        steps = steps or len(self.batches)
+        config = {k: v for k, v in asdict(args).items() if k not in ("out", "resume")} | {"method": method, "steps": steps}
+        losses = finetune(self.model, lambda step: self.to_device(self.batches[step]), steps, lr=args.lr,
                           weight_decay=args.weight_decay, warmup=args.warmup, micro_batch=args.micro_batch, folder=folder, resume=resume,
                           config=json.loads(json.dumps(config)), label=label or method, **added)
         save_lora(self.model, folder)
@@ -185,7 +186,7 @@ def main():
     args = parse(Arguments)
     job = Job(args)
     factor, stream = load_factor(args.subspace, job.model) if args.subspace else (None, None)
-    losses = job.finetune(args.method, args.out, factor, stream, args.until_loss or None, args.resume)
+    losses = job.finetune(args.method, args.out, factor, stream, args.until_loss or None, resume=args.resume)
     result = {"config": asdict(args), "loss": losses[-1], "held_out_loss": job.held_out_loss()}
     if args.method in ("grasp", "grasp_gradient_only"):
         result["leak"] = leak(job.model, factor)

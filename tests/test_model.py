@@ -178,14 +178,10 @@ def test_too_many_tokens_no_prompt_and_senseless_options_are_refused():
             tiny().generate([[1]], **{"max_new_tokens": 2, **options})
 
 
-def test_a_loaded_model_does_not_change_with_its_file(tmp_path):
+def test_loading_does_not_start_torchs_compiler(tmp_path):
     make("qwen2_tied", tmp_path)
-    model, tokens, path = GPT.from_pretrained(tmp_path), torch.randint(97, (1, 5)), tmp_path / "model.safetensors"
-    with open(path, "r+b") as f:  # in place, as another program's save may do it
-        f.seek(path.stat().st_size // 2)
-        f.write(bytes(path.stat().st_size // 2))
-    assert not torch.equal(model(tokens), GPT.from_pretrained(tmp_path)(tokens)) and model(tokens).isfinite().all()
-    assert all(p.any() for p in model.parameters())
+    code = f"import sys; from model import GPT; GPT.from_pretrained({str(tmp_path)!r}); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("kind,shape", [
@@ -198,7 +194,7 @@ def test_loading_never_holds_the_weights_twice(kind, shape, tmp_path):
             "m = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
             f"a = m(); model = GPT.from_pretrained({str(tmp_path)!r}); print(m() - a)")
     peak = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert size > 1.9e8 and peak < 1.3 * size, (peak, size)
+    assert size > 1.9e8 and peak < 1.1 * size, (peak, size)
 
 
 INDEX, NORM = "model.safetensors.index.json", "model.norm.weight"

@@ -187,10 +187,10 @@ def medical(files, tmp_path_factory):
 
 def test_every_method_gets_the_directions_found_in_the_naive_run_and_in_the_next_round(files, medical):
     out, _, seen = medical
-    assert [name for _, name, *_ in seen[:2]] == ["naive", "round_2"] and seen[0][2] is None
+    assert [(name, steps) for _, name, *_, steps in seen[:2]] == [("naive", 3), ("round_2", 1)] and seen[0][2] is None  # half as long
     saved = load_file(out / "seed_0" / "subspace.safetensors")
-    for method, name, factor, stream, _ in seen[2:]:
-        assert method == name and torch.equal(stream, saved["stream"])
+    for method, name, factor, stream, _, steps in seen[2:]:
+        assert method == name and steps is None and torch.equal(stream, saved["stream"])
         for side in ("hears", "says"):
             for module, basis in getattr(factor, side).items():
                 assert torch.equal(basis, saved[f"{side}.model.{module}"]) and basis.shape[1] == 2  # a pair from each round
@@ -205,7 +205,7 @@ def test_every_method_gets_the_directions_found_in_the_naive_run_and_in_the_next
 def test_early_stop_aims_at_grasps_last_losses(medical):
     out, _, seen = medical
     losses = [json.loads(line)["loss"] for line in (out / "seed_0" / "grasp" / "log.jsonl").read_text().splitlines()]
-    assert [stop for _, name, _, _, stop in seen if name == "early_stop"] == [pytest.approx(losses[-1])]
+    assert [stop for _, name, _, _, stop, _ in seen if name == "early_stop"] == [pytest.approx(losses[-1])]
     (out / "long").mkdir()
     (out / "long" / "log.jsonl").write_text("".join(json.dumps({"loss": i}) + "\n" for i in range(40)))
     assert paper.final_loss(out / "long") == 38.5  # the last twentieth
