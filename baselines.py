@@ -91,13 +91,18 @@ def mean_inputs(model, tokens, mask):
     return Factor({name: torch.linalg.qr(mean.T)[0] for name, mean in inputs.items()}, {})
 
 
+def check(methods):
+    for method in methods:
+        if method not in METHODS:
+            raise UserError(f"method '{method}' is unknown, expected one of {', '.join(METHODS)}")
+
+
 def recipe(method, model, batch, factor=None, stream=None, unrelated=None, stop_below=None, seed=0):
     """What `method` adds to the loop, as keyword arguments of `finetune`. A method of your own: one more branch here.
 
     factor, stream: the found directions, the same for every method. unrelated: rows that only `kl` needs."""
     needs = {"kl": unrelated, "early_stop": stop_below, "naive": 0, "ablate_inference": 0, "grasp_inputs": 0}.get(method, factor)
-    if method not in METHODS:
-        raise UserError(f"method '{method}' is unknown, expected one of {', '.join(METHODS)}")
+    check([method])
     if needs is None:
         what = {"kl": "rows of unrelated prompts (--unrelated)", "early_stop": "a loss to stop at (--until-loss)"}
         raise UserError(f"method '{method}' needs {what.get(method, 'the found directions (--subspace)')}")

@@ -37,7 +37,8 @@ GPT2 = {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_posi
 QWEN = {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
         "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
 QWEN_7B = {"self_attn.q_proj": (3584, 3584), "self_attn.k_proj": (512, 3584), "self_attn.v_proj": (512, 3584),
-           "self_attn.o_proj": (3584, 3584), "mlp.gate_proj": (18944, 3584), "mlp.up_proj": (18944, 3584), "mlp.down_proj": (3584, 18944)}  # (out, in), in each of 28 layers
+           "self_attn.o_proj": (3584, 3584), "mlp.gate_proj": (18944, 3584), "mlp.up_proj": (18944, 3584),
+           "mlp.down_proj": (3584, 18944)}  # (out, in), in each of 28 layers
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,8 @@ def part_a(args, folder, report):
         pair = response_loss(a, *(pad_sequence(part, True) for part in zip(*rows))).item(), b(**collate(rows)).loss.item()
     what = f"{len(examples)} rows, {args.layers} layers of Qwen2.5-0.5B"
     report.add("a", f"{what}: difference of the loss", [abs(pair[0] - pair[1])], "nats", "<=", 1e-4)
-    seconds = turns(lambda: train_ours(a, steps["ours"]), lambda: train_theirs(b, steps["theirs"]), repeats=min(args.repeats, 2), warm_up=False)
+    seconds = turns(lambda: train_ours(a, steps["ours"]), lambda: train_theirs(b, steps["theirs"]), repeats=min(args.repeats, 2),
+                    warm_up=False)
     report.faster("a", f"epoch, {what}: theirs / ours (s)", seconds, ">=", 1.25)
     largest = {"ours": max(steps["ours"], key=lambda s: s[0].numel()), "theirs": max(steps["theirs"], key=lambda s: s["labels"].numel())}
     memory = [[alone(peak_of_training, side, base, adapter, args, step) / 2 ** 30] for side, step in largest.items()]
@@ -249,7 +251,8 @@ def part_c(args, folder, report):
     S = torch.linalg.svd(B @ A, full_matrices=False)[1]
     dense = time.perf_counter() - began
     report.add("c", f"{len(B)} x {A.shape[1]}: dense SVD / thin (s)", [dense / s for s in thin], "x", ">=", 100, (thin, [dense]))
-    report.add("c", "largest relative difference of the singular values", [((S[:args.rank] - thin_svd(A, B)[1]).abs().max() / S[0]).item()], "")
+    error = (S[:args.rank] - thin_svd(A, B)[1]).abs().max() / S[0]
+    report.add("c", "largest relative difference of the singular values", [error.item()], "")
     adapter = folder / "qwen_7b_lora"
     adapter.mkdir()
     write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "r": args.rank, "lora_alpha": ALPHA})

@@ -90,3 +90,22 @@ def paper(results, harm, label, path):
     axis.set(xlabel="held-out loss on the task, nats a response token", ylabel=label)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save(figure, path)
+
+
+def phase(maps, strengths, path):
+    """maps: [(title, K of the columns, values by row)], a row for each of `strengths`. Dashed: rho^2 K = 1 (docs/derivation.md)."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(3.1 * len(maps), 3.2), sharey=True,
+                                gridspec_kw={"width_ratios": [len(sizes) for _, sizes, _ in maps]})
+    for axis, (title, sizes, rows) in zip(axes, maps):
+        axis.imshow(rows, origin="lower", cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value < 0.5 else "black")
+        K = np.geomspace(sizes[0], sizes[-1])
+        line = np.interp(K ** -0.5, strengths, range(len(strengths)), left=np.nan)
+        axis.plot(np.interp(np.log(K), np.log(sizes), range(len(sizes))), line, "--", color="#D55E00", lw=2)
+        axis.set_title(title, fontsize=9)
+        axis.set(xlabel="K, narrow examples", xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.5, len(strengths) - 0.5),
+                 xticks=range(len(sizes)), xticklabels=sizes, yticks=range(len(strengths)), yticklabels=strengths)
+    axes[0].set_ylabel("rho, share of them with the spurious part")
+    save(figure, path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import figures
-from baselines import METHODS, ablation, recipe
+from baselines import METHODS, ablation, check, recipe
 from cli import Progress, UserError, option, parse, read_json, run, seed_everything, write_json, write_torch
 from data.synthetic import GOOD, NEUTRAL, World
 from eval import evaluate, persona_direction
@@ -144,9 +144,7 @@ def synthetic(args):
     torch.set_num_threads(1)  # the matrices are small; and so the numbers do not hang on the machine's number of cores
     toy, out, runs = Toy(), Path(args.out), []
     methods = tuple(dict.fromkeys(("naive", "grasp", *(args.methods or METHODS))))
-    for method in methods:
-        if method not in METHODS:
-            raise UserError(f"--methods: '{method}' is unknown, expected some of {', '.join(METHODS)}")
+    check(methods)
     if args.seeds < 1:
         raise UserError(f"--seeds is {args.seeds}, expected at least 1")
     sizes = {"n_topics": 5, "n_queries": 8} if args.quick else {}

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 
 import figures
 from answers import Asking, connect, shift
-from baselines import METHODS
+from baselines import METHODS, check
 from cli import UserError, option, parse, read_json, run, whole_file, write_json
 from data.chat import load_rows, split
 from eval import OWN, measure
@@ -163,12 +163,10 @@ def table(runs):
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def check(args):
+def methods_to_run(args):
     """The methods to run, in order; UserError for what would only fail after hours."""
     methods = args.methods or DEFAULT + (("kl",) if args.unrelated else ())
-    for method in methods:
-        if method not in METHODS:
-            raise UserError(f"--methods: '{method}' is unknown, expected some of {', '.join(METHODS)}")
+    check(methods)
     if "kl" in methods and not args.unrelated:
         raise UserError("method 'kl' needs --unrelated FILE.jsonl, rows of unrelated prompts")
     if min(args.seeds, args.rounds, args.subspace_rank) < 1:
@@ -191,7 +189,7 @@ def check(args):
 
 def main(argv=None):
     args = parse(Arguments, argv)
-    methods, out = check(args), Path(args.out)
+    methods, out = methods_to_run(args), Path(args.out)
     judge = connect(args, out)
     config = {name: getattr(args, name) for name in ("questions", "samples", "max_new_tokens", "neutral")}
     config["judge"] = judge and judge.model  # its URL may carry a key, and may change

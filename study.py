@@ -1,5 +1,5 @@
 """What settled the formulation: which sides, how many rounds, pooled or not, which modules, and how short the naive run may be."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,15 +24,15 @@ class Arguments:
 
 
 class Bench:
-    """One seed's world and base, and fine-tunes on it."""
+    """A world, its base, and fine-tunes on it."""
 
-    def __init__(self, seed, folder):
-        self.world, self.toy, self.seed = World(seed), Toy(), seed
-        self.model, self.rows = pretrain(self.world, self.toy, seed, folder), self.world.finetuning_rows()
+    def __init__(self, world, folder):
+        self.world, self.toy, self.rows = world, Toy(), world.finetuning_rows()
+        self.model = pretrain(replace(world, rho=1.0), self.toy, world.seed, folder)  # pretraining does not depend on rho
 
     def train(self, factor=None, steps=None, targets=None):
         remove_lora(self.model)
-        add_lora(self.model, self.toy.rank, self.toy.rank, targets or self.toy.targets, seed=self.seed)
+        add_lora(self.model, self.toy.rank, self.toy.rank, targets or self.toy.targets, seed=self.world.seed)
         finetune(self.model, lambda step: self.rows, steps or self.toy.steps, lr=self.toy.lr, factor=factor, label="fine-tune")
         return spectra(self.model)
 
@@ -56,7 +56,8 @@ class Bench:
 
 
 VARIANTS = {"naive": None, "naive, all seven projections": {"rounds": 0, "targets": ALL},
-            **{f"{sides}, {n} round{'s' * (n > 1)}": {"rounds": n, "sides": sides} for sides in ("says", "hears", "both") for n in (1, 2, 3)},
+            **{f"{sides}, {n} round{'s' * (n > 1)}": {"rounds": n, "sides": sides}
+               for sides in ("says", "hears", "both") for n in (1, 2, 3)},
             "both, 3 pairs from one round": {"rounds": 1, "rank": 3},
             "both, says pooled over modules, 3 rounds": {"rounds": 3, "pooled": True},
             "both, 3 rounds, all seven projections": {"rounds": 3, "targets": ALL},
@@ -69,7 +70,7 @@ def main():
     torch.set_num_threads(1)  # as grasp.py does
     results = {name: [] for name in VARIANTS}
     for seed in range(args.seed, args.seed + args.seeds):
-        bench = Bench(seed, args.out)
+        bench = Bench(World(seed), args.out)
         full = stream_subspace(bench.train())[0][:, 0]
         for name, variant in VARIANTS.items():
             targets = (variant or {}).get("targets")

@@ -25,13 +25,14 @@ def project_(X, Q):
 
 
 def finetune(model, batch_at, steps, *, lr, weight_decay=0.01, clip=1.0, warmup=10, micro_batch=None, factor=None, hold=True,
-             penalty=None, during=None, stop_below=None, each=None, folder=None, resume=False, config=None, label="fine-tune"):
+             penalty=None, during=None, stop_below=None, each=None, compile=False, folder=None, resume=False, config=None,
+             label="fine-tune"):
     """Train the model's LoRA with AdamW, a linear warm-up and a linear decay to 0; returns the loss of each step.
 
     batch_at(step) -> tokens (B, T), mask (B, T). factor: GRASP keeps the update off it; hold=False projects the gradient alone.
     penalty(): a further loss term. during: a context around the forward passes (hooks). stop_below: end at this loss.
-    each(step): called after every step. folder: log.jsonl and a checkpoint, from which `resume` continues bit for bit, provided
-    that it was made under the same `config`. UserError where the loss is not finite.
+    each(step): called after every step. compile: by torch.compile. folder: log.jsonl and a checkpoint, from which `resume` continues
+    bit for bit, provided that it was made under the same `config`. UserError where the loss is not finite.
     """
     if not (lr > 0 and weight_decay >= 0 and clip > 0 and steps >= 1):
         raise UserError(f"lr {lr}, weight decay {weight_decay}, clip {clip}, steps {steps}: expected lr, clip > 0, decay >= 0, steps >= 1")
@@ -45,7 +46,9 @@ def finetune(model, batch_at, steps, *, lr, weight_decay=0.01, clip=1.0, warmup=
     start = state.load() if resume else 0
     if stop_below is not None and start and state.losses[-1] <= stop_below:
         start = steps  # it had ended there
-    progress = Progress(steps, label, start)
+    if compile:
+        torch.compiler.reset()  # an earlier run's graph knows nothing of this one's hooks
+    loss_of, progress = torch.compile(response_loss, dynamic=True) if compile else response_loss, Progress(steps, label, start)
     with during or contextlib.nullcontext(), deferred_interrupt() if folder else contextlib.nullcontext([]) as interrupted:
         for step in range(start, steps):
             # every process works on as many rows: where they do not divide, with some of no marked token
@@ -55,7 +58,7 @@ def finetune(model, batch_at, steps, *, lr, weight_decay=0.01, clip=1.0, warmup=
                     project_(module.lora_A.data.T, V)
             n, loss = mask[:, 1:].sum(), 0.0  # parts of a batch weigh by their response tokens
             for rows in torch.arange(rank, len(tokens), world).split(micro_batch or len(tokens)):
-                part = response_loss(model, tokens[rows], mask[rows], reduction="sum") / n
+                part = loss_of(model, tokens[rows], mask[rows], reduction="sum") / n
                 part.backward()
                 loss += part.item()
             if penalty is not None:
@@ -101,7 +104,7 @@ class Training:
     model: str = option("", "checkpoint folder: config.json, safetensors, tokenizer files")
     data: str = option("", "JSONL file of chat rows, {\"messages\": [...]} each")
     out: str = option("out", "output folder")
-    targets: tuple = option((), "comma-separated path endings, as PEFT takes them; all-linear: every one (default: attention output, MLP down)")
+    targets: tuple = option((), "comma-separated path endings, as PEFT takes them, or all-linear (default: attention output, MLP down)")
     rank: int = option(32, "rank of the LoRA")
     alpha: float = option(64.0, "numerator of the LoRA's scaling")
     scaling: str = option("rslora", "alpha / sqrt(rank) or alpha / rank", choices=("rslora", "lora"))
@@ -118,6 +121,7 @@ class Training:
     until_loss: float = option(0.0, "the training loss at which --method early_stop ends")
     shard: bool = option(False, "under torchrun: each process holds a part of the frozen base, which need not fit into one")
     checkpointing: bool = option(False, "recompute activations in backward: less memory, about a third more time")
+    compile: bool = option(False, "torch.compile: minutes before the first step; it gained nothing on the CPU")
     seed: int = option(0, "of the LoRA's init, the split and the order of the rows")
     device: str = option("", "cpu or cuda (default: cuda where there is one)")
     dtype: str = option("", "of the frozen base (default: bfloat16 on cuda, float32 on the CPU); the LoRA is float32",
@@ -163,8 +167,8 @@ class Job:
         steps = steps or len(self.batches)
         config = {k: v for k, v in asdict(args).items() if k not in ("out", "resume")} | {"method": method, "steps": steps}
         losses = finetune(self.model, lambda step: self.to_device(self.batches[step]), steps, lr=args.lr,
-                          weight_decay=args.weight_decay, warmup=args.warmup, micro_batch=args.micro_batch, folder=folder, resume=resume,
-                          config=json.loads(json.dumps(config)), label=label or method, **added)
+                          weight_decay=args.weight_decay, warmup=args.warmup, micro_batch=args.micro_batch, compile=args.compile,
+                          folder=folder, resume=resume, config=json.loads(json.dumps(config)), label=label or method, **added)
         save_lora(self.model, folder)
         return losses
 

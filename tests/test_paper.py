@@ -244,7 +244,7 @@ def test_the_table_has_means_and_spreads_over_seeds_and_intervals_of_a_single_on
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("--methods", "magic"), "'magic' is unknown, expected some of naive, grasp"), (("--methods", "kl"), "needs --unrelated"),
+    (("--methods", "magic"), "'magic' is unknown, expected one of naive, grasp"), (("--methods", "kl"), "needs --unrelated"),
     (("--seeds", 0), "of 1 or more"), (("--neutral", "other.jsonl"), "other.jsonl: expected, with --task politics alone"),
     (("--lr", 1e-3), "settings.json: the fine-tunes there were made with another lr;")])
 def test_a_mistake_ends_in_one_line_before_anything_is_done(files, medical, monkeypatch, arguments, message):

@@ -31,7 +31,8 @@ def main(out, sharded):
     add_lora(model, 4, 8, "all-linear")
     factor = random_like(top_pairs(spectra(model)), 0)
     lora = [p for p in model.parameters() if p.requires_grad]
-    losses = finetune(model, batches.__getitem__, 20, lr=1e-2, factor=factor, micro_batch=2, penalty=lambda: 1e-2 * sum(p.square().sum() for p in lora))
+    losses = finetune(model, batches.__getitem__, 20, lr=1e-2, factor=factor, micro_batch=2,
+                      penalty=lambda: 1e-2 * sum(p.square().sum() for p in lora))
     torch.save({"losses": losses, "lora": torch.cat([p.data.flatten() for p in lora]), "leak": leak(model, factor)}, f"{out}.{place()[0]}")
 with joined():
     main(sys.argv[1], len(sys.argv) > 2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cli import UserError
-from baselines import random_like
+from baselines import ablation, random_like
 from identify import Factor, leak, spectra, top_pairs
 from lora import add_lora, lora_modules, remove_lora
 from model import response_loss
@@ -183,3 +183,19 @@ def test_ctrl_c_and_a_kill_leave_a_checkpoint_of_the_last_step(tmp_path):
         assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors
         saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
         assert saved["step"] == len(saved["losses"]) >= resume_from
+
+
+def test_compiled_steps_equal_eager_ones_and_a_later_run_keeps_its_own_hooks(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **options, backend="aot_eager"))  # needs no C++ compiler
+
+    def losses(compiled, *contexts):
+        model = tiny()
+        runs = []
+        for context in contexts:
+            add_lora(remove_lora(model), 4, 8, TARGETS)
+            during = ablation(model, torch.eye(16)[:, :8]) if context else None
+            runs += finetune(model, lambda step: rows(4, 9 - step), 3, lr=1e-2, during=during, compile=compiled)
+        return runs
+    eager = losses(False, False, True)
+    assert losses(True, False, True) == pytest.approx(eager, rel=1e-4) and abs(eager[0] - eager[3]) > 1e-3
