@@ -190,10 +190,8 @@ def test_compiled_steps_equal_eager_ones_and_a_later_run_keeps_its_own_hooks(mon
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **options, backend="aot_eager"))  # needs no C++ compiler
 
     def losses(compiled, *contexts):
-        model = tiny()
-        runs = []
+        model, runs = add_lora(tiny(), 4, 8, TARGETS), []
         for context in contexts:
-            add_lora(remove_lora(model), 4, 8, TARGETS)
             during = ablation(model, torch.eye(16)[:, :8]) if context else None
             runs += finetune(model, lambda step: rows(4, 9 - step), 3, lr=1e-2, during=during, compile=compiled)
         return runs
