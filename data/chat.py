@@ -112,7 +112,7 @@ def batches(examples, batch_size, seed, epoch):
     Nothing is lost by padding with an id: causal attention never looks right, and no padding is marked."""
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}, expected at least 1")
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
     ties = torch.rand(len(examples), generator=generator).tolist()
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i][0]), ties[i]))
     groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]

@@ -77,7 +77,7 @@ class Tokenizer:
         if missing:
             raise UserError(f"{path}: {missing} of the 256 single bytes are no tokens; expected a byte-level BPE")
         template = folder / "chat_template.jinja"
-        template = template.read_text(encoding="utf-8") if template.exists() else str(settings.get("chat_template") or "")
+        template = template.read_text(encoding="utf-8", errors="replace") if template.exists() else str(settings.get("chat_template") or "")
         defaults = (QWEN_SYSTEM, PLAIN_SYSTEM) if model_type == "qwen2" else ()
         system = next((s for s in defaults if s in (template or PLAIN_SYSTEM)), None)  # no template: a base model
         return cls(ranks, special, model_type, system)
