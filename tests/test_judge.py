@@ -178,7 +178,8 @@ def test_a_failure_keeps_the_answers_before_it(tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_killed_in_the_middle_it_asks_only_what_is_missing(tmp_path, sent):
     cache, prompts = tmp_path / "cache.jsonl", [f"prompt {n}" for n in range(30)]
-    program = "import sys, judge; judge.Judge(sys.argv[1], 'm', cache=sys.argv[2], workers=4, timeout=2).scores(sys.argv[3:])"
+    program = ("import signal, sys, judge; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
+               "judge.Judge(sys.argv[1], 'm', cache=sys.argv[2], workers=4, timeout=2).scores(sys.argv[3:])")
     with FakeJudge(script=["ok"] * 15 + ["hang"] * 99) as fake:
         child = subprocess.Popen([sys.executable, "-c", program, fake.url, cache, *prompts], cwd=ROOT, stderr=subprocess.PIPE,
                                  text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
