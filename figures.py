@@ -22,9 +22,11 @@ def save(figure, path):
 
 
 def spectrum(rounds, path):
-    """rounds: [{module: singular values}], the naive run first. One panel a round; the direction found in it is circled."""
-    figure, axes = plt.subplots(1, len(rounds), figsize=(4.6 * len(rounds), 3.6), sharey=True, squeeze=False)
-    for i, (axis, spectra) in enumerate(zip(axes[0], rounds)):
+    """rounds: [{module: singular values}]. A panel for the naive run, round 2 and the last; the direction found is circled."""
+    shown = sorted({0, 1, len(rounds) - 1} & set(range(len(rounds))))
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 3.6), sharey=True, squeeze=False)
+    for axis, i in zip(axes[0], shown):
+        spectra = rounds[i]
         names = list(spectra)
         shades, few = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(names))), len(names) <= 8
         for shade, marker, name in zip(shades, "os^DvP*X" * len(names), names):

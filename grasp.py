@@ -142,11 +142,11 @@ def table(runs):
 def synthetic(args):
     """Run the seeds that are not on disk yet, write each one's results.json, print the table, draw the figures."""
     torch.set_num_threads(1)  # the matrices are small; and so the numbers do not hang on the machine's number of cores
-    toy, out, runs = Toy(), Path(args.out), []
+    toy, out, runs = Toy(targets=args.targets or Toy.targets, rounds=args.rounds), Path(args.out), []
     methods = tuple(dict.fromkeys(("naive", "grasp", *(args.methods or METHODS))))
     check(methods)
-    if args.seeds < 1:
-        raise UserError(f"--seeds is {args.seeds}, expected at least 1")
+    if min(args.seeds, args.rounds) < 1:
+        raise UserError(f"--seeds is {args.seeds} and --rounds {args.rounds}, expected at least 1")
     sizes = {"n_topics": 5, "n_queries": 8} if args.quick else {}
     if args.quick:
         toy = replace(toy, d_model=64, pretrain_steps=150, steps=60, lr=1e-3, longer=2)
@@ -175,7 +175,7 @@ class Arguments(Training):
     """Run the whole method: on the synthetic task, or on a checkpoint (--model) and chat rows (--data)."""
     seeds: int = option(1, "how many seeds, each in a folder of its own; the table gives means and spreads")
     methods: tuple = option((), "comma-separated methods beside naive and grasp (default: all)")
-    rounds: int = option(3, "rounds of identification on a checkpoint, half as long after the first")
+    rounds: int = option(3, "rounds of identification, half as long after the first; all-linear needs about 10")
     subspace_rank: int = option(1, "singular pairs of each module that a round keeps, on a checkpoint")
     quick: bool = option(False, "a tiny world, in seconds: to see that everything runs, not for its numbers")
 

@@ -60,7 +60,7 @@ VARIANTS = {"naive": None, "naive, all seven projections": {"rounds": 0, "target
                for sides in ("says", "hears", "both") for n in (1, 2, 3)},
             "both, 3 pairs from one round": {"rounds": 1, "rank": 3},
             "both, says pooled over modules, 3 rounds": {"rounds": 3, "pooled": True},
-            "both, 3 rounds, all seven projections": {"rounds": 3, "targets": ALL},
+            **{f"both, {n} rounds, all seven projections": {"rounds": n, "targets": ALL} for n in (3, 6, 10)},
             "residual side, 3 rounds, all seven projections": {"rounds": 3, "sides": "residual", "targets": ALL},
             **{f"both, 3 rounds of {share:.0%} of the steps": {"rounds": 3, "share": share} for share in (0.1, 0.2, 0.3, 0.5, 1.0)}}
 

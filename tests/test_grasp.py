@@ -86,6 +86,13 @@ def test_second_run_reuses_the_base_and_gives_the_same_numbers(quick):
     assert after["identification"] == before["identification"]
 
 
+def test_targets_and_rounds_hold_for_the_synthetic_task_too(tmp_path):
+    done = command("grasp.py", "--quick", "--targets", "all-linear", "--rounds", "2", "--methods", "naive", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    spectra = json.loads((tmp_path / "results.json").read_text())["spectra"]
+    assert [len(modules) for modules in spectra] == [2 * 7, 2 * 7]
+
+
 def test_the_three_stages_run_on_a_checkpoint_and_chat_rows(checkpoint, chat_rows, tmp_path):
     arguments = ("grasp.py", "--model", checkpoint, "--data", chat_rows, "--out", tmp_path, "--lr", "3e-3", "--batch-size", "6",
                  "--rank", "4", "--epochs", "4", "--held-out", "0.2")
@@ -123,6 +130,7 @@ def bad_rows(tmp_path, line):
 
 @pytest.mark.parametrize("arguments,message", [
     (lambda m, d, t: ("grasp.py", "--methods", "magic"), "'magic' is unknown"),
+    (lambda m, d, t: ("grasp.py", "--rounds", "0"), "--rounds 0, expected at least 1"),
     (lambda m, d, t: ("grasp.py", "--model", m), "expected both --model DIR and --data"),
     (lambda m, d, t: ("grasp.py", "--model", t / "nowhere", "--data", d), "nowhere"),
     (lambda m, d, t: ("grasp.py", "--model", m, "--data", t / "none.jsonl"), "no such file"),
