@@ -63,6 +63,7 @@ def in_rounds(train, rounds, steps, pick=top_pairs):
     factor, found = None, []
     for i in range(rounds):
         found.append(train(i, factor, max(steps // 2, 1) if i else steps))
+        print(f"round {i + 1}: the largest sigma1/sigma2 of a module is {max(gap(S) for _, S, _ in found[-1].values()):.2f}")
         factor = factor.joined(pick(found[-1])) if factor else pick(found[-1])
     return factor, found
 

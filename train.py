@@ -100,7 +100,7 @@ def finetune(model, batch_at, steps, *, lr, weight_decay=0.01, clip=1.0, warmup=
 @dataclass(frozen=True)
 class Training:
     """Options of a fine-tune on a checkpoint. The defaults are those published for insecure code (Betley et al. 2025), but for the
-    targets: what writes to the residual stream, where the projection holds best (README)."""
+    targets: what writes to the residual stream, where three rounds of identification are enough (README)."""
     model: str = option("", "checkpoint folder: config.json, safetensors, tokenizer files")
     data: str = option("", "JSONL file of chat rows, {\"messages\": [...]} each")
     out: str = option("out", "output folder")
