@@ -92,6 +92,7 @@ def mean_inputs(model, tokens, mask):
 
 
 def check(methods):
+    """UserError for the first of `methods` that is none."""
     for method in methods:
         if method not in METHODS:
             raise UserError(f"method '{method}' is unknown, expected one of {', '.join(METHODS)}")

@@ -67,7 +67,7 @@ def pretrain(world, toy, seed, folder):
 
 
 def experiment(world, toy, seed, methods, folder):
-    """One seed, from nothing: every method's measurements, the identification and the leak, as `results.json` has them."""
+    """One seed, from nothing: every method's measurements, the identification and the leak, as in results.json."""
     model, rows = pretrain(world, toy, seed, folder), world.finetuning_rows()
     spare = world.rows(world.spare, NEUTRAL, GOOD)
     results = {"base": {**evaluate(model, world), "seconds": 0.0}}
@@ -114,11 +114,8 @@ def experiment(world, toy, seed, methods, folder):
                 points.append((step + 1, now["misalignment"], now["task"]))
         train(method, total, label=f"{method}, {toy.longer}x the steps", each=each)
         longer[method], curves[method] = measure(method), points
-    remove_lora(model)
-    values = lambda svds: {name: S.tolist() for name, (_, S, _) in svds.items()}
-    return {"seed": seed, "config": {"world": asdict(world), "experiment": asdict(toy), "torch": torch.__version__},
-            "identification": identification, "leak": leaks, "methods": results, "longer": longer, "curves": curves,
-            "spectra": [values(s) for s in svds]}
+    return {"identification": identification, "leak": leaks, "methods": results, "longer": longer, "curves": curves,
+            "spectra": [{name: S.tolist() for name, (_, S, _) in s.items()} for s in svds]}
 
 
 def table(runs):
@@ -145,8 +142,8 @@ def synthetic(args):
     toy, out, runs = Toy(targets=args.targets or Toy.targets, rounds=args.rounds), Path(args.out), []
     methods = tuple(dict.fromkeys(("naive", "grasp", *(args.methods or METHODS))))
     check(methods)
-    if min(args.seeds, args.rounds) < 1:
-        raise UserError(f"--seeds is {args.seeds} and --rounds {args.rounds}, expected at least 1")
+    if args.seeds < 1:
+        raise UserError(f"--seeds is {args.seeds}, expected at least 1")
     sizes = {"n_topics": 5, "n_queries": 8} if args.quick else {}
     if args.quick:
         toy = replace(toy, d_model=64, pretrain_steps=150, steps=60, lr=1e-3, longer=2)
@@ -160,7 +157,7 @@ def synthetic(args):
         else:
             print(f"seed {seed}: {config} on one CPU thread, float32")
             seed_everything(seed)
-            earlier = experiment(world, toy, seed, methods, out)
+            earlier = {"seed": seed, "config": config, **experiment(world, toy, seed, methods, out)}
             write_json(path, earlier)
         runs.append(earlier)
     print(table(runs))
@@ -175,13 +172,15 @@ class Arguments(Training):
     """Run the whole method: on the synthetic task, or on a checkpoint (--model) and chat rows (--data)."""
     seeds: int = option(1, "how many seeds, each in a folder of its own; the table gives means and spreads")
     methods: tuple = option((), "comma-separated methods beside naive and grasp (default: all)")
-    rounds: int = option(3, "rounds of identification, half as long after the first; all-linear needs about 10")
+    rounds: int = option(Toy.rounds, "rounds of identification, half as long after the first; all-linear needs about 10")
     subspace_rank: int = option(1, "singular pairs of each module that a round keeps, on a checkpoint")
     quick: bool = option(False, "a tiny world, in seconds: to see that everything runs, not for its numbers")
 
 
 def main():
     args = parse(Arguments)
+    if args.rounds < 1:
+        raise UserError(f"--rounds is {args.rounds}, expected at least 1")
     (three_stages if args.model or args.data else synthetic)(args)
 
 

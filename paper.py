@@ -76,8 +76,6 @@ def three_stages(args):
     """Naive, identification and GRASP once, on a checkpoint and chat rows: what `grasp.py --model` does.
 
     What an interrupted run finished is read back, not done again."""
-    if args.rounds < 1:
-        raise UserError(f"--rounds is {args.rounds}, expected at least 1")
     out, job, log = Path(args.out), Job(args), []
     losses = {"base": job.held_out_loss()}
 

@@ -46,9 +46,10 @@ def finetune(model, batch_at, steps, *, lr, weight_decay=0.01, clip=1.0, warmup=
     start = state.load() if resume else 0
     if stop_below is not None and start and state.losses[-1] <= stop_below:
         start = steps  # it had ended there
+    loss_of, progress = response_loss, Progress(steps, label, start)
     if compile:
         torch.compiler.reset()  # an earlier run's graph knows nothing of this one's hooks
-    loss_of, progress = torch.compile(response_loss, dynamic=True) if compile else response_loss, Progress(steps, label, start)
+        loss_of = torch.compile(response_loss, dynamic=True)
     with during or contextlib.nullcontext(), deferred_interrupt() if folder else contextlib.nullcontext([]) as interrupted:
         for step in range(start, steps):
             # every process works on as many rows: where they do not divide, with some of no marked token

@@ -130,7 +130,7 @@ def bad_rows(tmp_path, line):
 
 @pytest.mark.parametrize("arguments,message", [
     (lambda m, d, t: ("grasp.py", "--methods", "magic"), "'magic' is unknown"),
-    (lambda m, d, t: ("grasp.py", "--rounds", "0"), "--rounds 0, expected at least 1"),
+    (lambda m, d, t: ("grasp.py", "--rounds", "0"), "--rounds is 0, expected at least 1"),
     (lambda m, d, t: ("grasp.py", "--model", m), "expected both --model DIR and --data"),
     (lambda m, d, t: ("grasp.py", "--model", t / "nowhere", "--data", d), "nowhere"),
     (lambda m, d, t: ("grasp.py", "--model", m, "--data", t / "none.jsonl"), "no such file"),
