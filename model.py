@@ -1,25 +1,22 @@
-"""One decoder-only transformer that is GPT-2, Qwen2/2.5 or Qwen3 by its config: the model, loading, generation.
+"""One decoder-only transformer: GPT-2, Llama, Qwen2/2.5 or Qwen3 by its config; generation.
 
-Modules carry Qwen's names in transformers; GPT-2's differ by one rename table. Shapes: B rows, T tokens, V vocabulary, D width
-of the residual stream, H heads, K key/value heads, E head width.
+Modules carry the names of Llama and Qwen in transformers; hub/names.py has GPT-2's.
+Shapes: B rows, T tokens, V vocabulary, D width of the residual stream, H heads, K key/value heads,
+E head width. This file needs no other of the six; `hub` reads the files of a checkpoint.
 """
+
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from cli import UserError, open_safetensors, read_json
-
-GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "layers": "h", "self_attn": "attn", "o_proj": "c_proj",
-              "up_proj": "c_fc", "down_proj": "c_proj", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
-              "norm": "ln_f"}
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that makes the model's function. The defaults are Qwen's family; widths are in units of the residual stream."""
+    """Everything that makes the model's function; the defaults are those of Llama and Qwen."""
+
     vocab_size: int
     n_layer: int
     n_head: int
@@ -40,144 +37,140 @@ class Config:
     qk_norm: bool = False
 
 
-def read_config(folder):
-    """The Config of a Hugging Face checkpoint folder. Stops where a field is missing or asks for what this model does not do."""
-    path = Path(folder) / "config.json"
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder, expected a checkpoint folder with config.json and safetensors")
-    hf = read_json(path, "a checkpoint's configuration")
-
-    def need(name):
-        if hf.get(name) is None:
-            raise UserError(f"{path}: no '{name}', expected a value (there is no default)")
-        return hf[name]
-
-    def only(value, name):  # where the field is there
-        if hf.get(name, value) != value:
-            raise UserError(f"{path}: '{name}' is {hf[name]!r}, supported: {value!r}")
-
-    kind = hf.get("model_type") if isinstance(hf, dict) else None
-    if kind == "gpt2":
-        need("activation_function"), only("gelu_new", "activation_function"), only(True, "scale_attn_weights")
-        only(False, "scale_attn_by_inverse_layer_idx"), only(False, "add_cross_attention"), only(True, "tie_word_embeddings")
-        d, heads = need("n_embd"), need("n_head")
-        config = Config(vocab_size=need("vocab_size"), n_layer=need("n_layer"), n_head=heads, n_kv_head=heads, d_model=d,
-                        head_dim=d // heads, d_mlp=hf.get("n_inner") or 4 * d, max_len=need("n_positions"), rope_theta=None,
-                        norm_eps=need("layer_norm_epsilon"), model_type=kind, norm="layernorm", mlp="gelu", tied=True,
-                        fused_qkv=True, qkv_bias=True, out_bias=True)
-    elif kind in ("qwen2", "qwen3"):
-        need("hidden_act"), only("silu", "hidden_act"), only(False, "use_sliding_window"), only(None, "rope_scaling")
-        if set(hf.get("layer_types") or ()) - {"full_attention"}:
-            raise UserError(f"{path}: 'layer_types' has {set(hf['layer_types'])}, supported: full_attention")
-        rope = hf.get("rope_parameters") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise UserError(f"{path}: 'rope_parameters' is {rope}, supported: the type 'default'")
-        theta = rope.get("rope_theta", hf.get("rope_theta"))
-        if theta is None:
-            raise UserError(f"{path}: no 'rope_theta', neither in 'rope_parameters' nor at the top level (there is no default)")
-        if kind == "qwen3":
-            only(False, "attention_bias")
-        d, heads = need("hidden_size"), need("num_attention_heads")
-        config = Config(vocab_size=need("vocab_size"), n_layer=need("num_hidden_layers"), n_head=heads, d_model=d,
-                        n_kv_head=need("num_key_value_heads"), d_mlp=need("intermediate_size"), rope_theta=float(theta),
-                        head_dim=need("head_dim") if kind == "qwen3" else hf.get("head_dim") or d // heads,
-                        max_len=need("max_position_embeddings"), norm_eps=need("rms_norm_eps"), tied=need("tie_word_embeddings"),
-                        model_type=kind, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3")
-    else:
-        raise UserError(f"{path}: model_type is {kind!r}, supported: 'gpt2', 'qwen2', 'qwen3'")
-    if config.n_head % config.n_kv_head or (kind != "qwen3" and "head_dim" not in hf and d % heads):
-        raise UserError(f"{path}: {heads} heads do not divide into the width {d} or into {config.n_kv_head} key/value heads")
-    return config
-
-
 class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, which is `width` long."""
+
     def __init__(self, width, eps):
         super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x):  # the mean square in fp32, cast back before the gain, as Qwen was trained
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+    def forward(self, x):
+        """(..., width) -> (..., width); the mean square is taken in fp32, as Qwen was trained."""
+        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
+        return normed.to(x.dtype) * self.weight
 
 
 def make_norm(config):
-    return (RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm)(config.d_model, eps=config.norm_eps)
+    """The norm that `config` asks for."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.d_model, config.norm_eps)
+    return nn.LayerNorm(config.d_model, config.norm_eps)
 
 
 def rotate(x, cos, sin):
-    """RoPE, half-rotation form: dimension i is paired with i + E/2. x (B, H, T, E), cos and sin (B or 1, 1, T, E)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """RoPE, half-rotation form: dimension i is paired with i + E/2.
+
+    x (B, H, T, E); cos, sin (B or 1, 1, T, E).
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class Attention(nn.Module):
-    def __init__(self, c):
+    """Causal self-attention; several query heads may share one key/value head."""
+
+    def __init__(self, config):
         super().__init__()
-        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)
-        self.head_dim, self.fused = c.head_dim, c.fused_qkv
-        sizes = [n * c.head_dim for n in self.heads]
-        if c.fused_qkv:
-            self.c_attn = nn.Linear(c.d_model, sum(sizes), bias=c.qkv_bias)
+        self.head_dim = config.head_dim
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)  # of q, k, v
+        self.sizes = [n * config.head_dim for n in self.heads]
+        self.fused, self.qk_norm = config.fused_qkv, config.qk_norm
+        if self.fused:
+            self.c_attn = nn.Linear(config.d_model, sum(self.sizes), bias=config.qkv_bias)
         else:
-            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(c.d_model, size, bias=c.qkv_bias) for size in sizes)
-        if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
-        self.o_proj = nn.Linear(sizes[0], c.d_model, bias=c.out_bias)
+            self.q_proj = nn.Linear(config.d_model, self.sizes[0], bias=config.qkv_bias)
+            self.k_proj = nn.Linear(config.d_model, self.sizes[1], bias=config.qkv_bias)
+            self.v_proj = nn.Linear(config.d_model, self.sizes[2], bias=config.qkv_bias)
+        if self.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.o_proj = nn.Linear(self.sizes[0], config.d_model, bias=config.out_bias)
 
     def forward(self, x, rope, mask, cache):
+        """X (B, T, D) -> (B, T, D). mask (B, 1, T, S) marks what may be seen; None: causal."""
         B, T, _ = x.shape
-        qkv = self.c_attn(x).split([n * self.head_dim for n in self.heads], -1) if self.fused else \
-            (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (y.view(B, T, n, self.head_dim).transpose(1, 2) for y, n in zip(qkv, self.heads))  # (B, H or K, T, E)
-        if hasattr(self, "q_norm"):
+        if self.fused:
+            parts = self.c_attn(x).split(self.sizes, dim=-1)
+        else:
+            parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (
+            part.view(B, T, n, self.head_dim).transpose(1, 2)  # (B, H or K, T, E)
+            for part, n in zip(parts, self.heads, strict=True)
+        )
+        if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(self, k, v)
-        # SDPA's is_causal is aligned to the top left, so it is right only where there is nothing before x
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and k.shape[2] == T,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+        # is_causal is aligned to the top left: it is right only where nothing came before x
+        causal = mask is None and k.shape[2] == T
+        grouped = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
-    def __init__(self, c):
+    """Two linear layers around a GELU, or SwiGLU's three."""
+
+    def __init__(self, config):
         super().__init__()
-        if c.mlp == "swiglu":
-            self.gate_proj = nn.Linear(c.d_model, c.d_mlp, bias=c.out_bias)
-        self.up_proj = nn.Linear(c.d_model, c.d_mlp, bias=c.out_bias)
-        self.down_proj = nn.Linear(c.d_mlp, c.d_model, bias=c.out_bias)
+        self.gated = config.mlp == "swiglu"
+        if self.gated:
+            self.gate_proj = nn.Linear(config.d_model, config.d_mlp, bias=config.out_bias)
+        self.up_proj = nn.Linear(config.d_model, config.d_mlp, bias=config.out_bias)
+        self.down_proj = nn.Linear(config.d_mlp, config.d_model, bias=config.out_bias)
 
     def forward(self, x):
+        """(B, T, D) -> (B, T, D)."""
         y = self.up_proj(x)
-        return self.down_proj(F.silu(self.gate_proj(x)) * y if hasattr(self, "gate_proj") else F.gelu(y, approximate="tanh"))
+        if self.gated:
+            return self.down_proj(F.silu(self.gate_proj(x)) * y)
+        return self.down_proj(F.gelu(y, approximate="tanh"))
 
 
 class Block(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.input_layernorm, self.self_attn = make_norm(c), Attention(c)
-        self.post_attention_layernorm, self.mlp = make_norm(c), MLP(c)
+    """Attention and MLP; each reads the normed residual stream and adds to it."""
 
-    def forward(self, h, rope=None, mask=None, cache=None):  # (B, T, D) -> (B, T, D)
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = make_norm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, h, rope=None, mask=None, cache=None):
+        """(B, T, D) -> (B, T, D)."""
         h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, in buffers made once for `size` tokens; `valid` (B, size) marks real ones."""
+    """Keys and values of the tokens seen so far, in buffers made once for `size` tokens.
+
+    valid (B, size) marks real tokens; the prompts are padded on the left.
+    """
 
     def __init__(self, size, valid):
-        self.size, self.length, self.valid, self.store = size, 0, F.pad(valid, (0, size - valid.shape[1]), value=True), {}
+        self.size, self.length, self.buffers = size, 0, {}
+        self.valid = F.pad(valid, (0, size - valid.shape[1]), value=True)
 
     def extend(self, layer, k, v):
-        """Append k, v (B, K, T, E) of one layer; returns all of them so far. `length` moves on once per forward pass."""
-        if layer not in self.store:
-            self.store[layer] = [y.new_empty(*y.shape[:2], self.size, y.shape[3]) for y in (k, v)]
+        """Append one layer's k, v (B, K, T, E); return all of them so far.
+
+        `length` moves on once per forward pass, after the last layer.
+        """
+        if layer not in self.buffers:
+            B, K, _, E = k.shape
+            self.buffers[layer] = k.new_empty(B, K, self.size, E), v.new_empty(B, K, self.size, E)
+        keys, values = self.buffers[layer]
         end = self.length + k.shape[2]
-        for buffer, new in zip(self.store[layer], (k, v)):
-            buffer[:, :, self.length:end] = new
-        return [buffer[:, :, :end] for buffer in self.store[layer]]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
 
 class GPT(nn.Module):
@@ -185,161 +178,159 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
-        embedding = lambda n: nn.Embedding.from_pretrained(torch.empty(n, c.d_model), freeze=False)  # initialised below
-        self.embed_tokens = embedding(c.vocab_size)
-        self.embed_positions = embedding(c.max_len) if c.rope_theta is None else None
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.norm = make_norm(c)
-        self.lm_head = None if c.tied else nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self.checkpointing = False  # recompute each block in backward: less memory, about a third more time
-        for name, p in self.named_parameters():  # GPT-2's init: what writes to the stream is scaled by its number of writers
-            if p.dim() == 2 and not p.is_meta:  # a normal draw on meta would load torch's compiler, for nothing
+        self.config = config
+        table = nn.Embedding.from_pretrained  # without a draw: `initialise` sets the values
+        self.embed_tokens = table(torch.empty(config.vocab_size, config.d_model), freeze=False)
+        self.embed_positions = None
+        if config.rope_theta is None:
+            self.embed_positions = table(torch.empty(config.max_len, config.d_model), freeze=False)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.lm_head = None
+        if not config.tied:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.checkpointing = False  # recompute blocks in backward: less memory, more time
+        self.initialise()
+
+    def initialise(self):
+        """GPT-2's init; what writes to the stream is scaled down by the number of writers."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2 and not p.is_meta:  # a draw on meta would load torch's compiler
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / (2 * c.n_layer) ** 0.5 if writes else 0.02)
+                std = 0.02 / (2 * self.config.n_layer) ** 0.5 if writes else 0.02
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, tokens, keep=None, cache=None):
-        """Logits (B, T, V), or (N, V) at the N positions that the mask `keep` (B, T) marks. A `cache` holds what came before."""
-        (B, T), c, start, mask = tokens.shape, self.config, 0 if cache is None else cache.length, None
-        if start + T > c.max_len:
-            raise UserError(f"{start + T} tokens, but the model's positions end at {c.max_len}")
+        """Logits (B, T, V), or (N, V) at the N positions that the mask `keep` (B, T) marks.
+
+        cache: what came before, extended in place. ValueError where the model's positions end.
+        """
+        T = tokens.shape[1]
+        start = 0 if cache is None else cache.length
+        if start + T > self.config.max_len:
+            raise ValueError(
+                f"{start + T} tokens, but the model has {self.config.max_len} positions"
+            )
         positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
-        if cache is not None and (start > 0 and T > 1 or not cache.valid.all()):
-            positions = (positions - (~cache.valid).sum(1, keepdim=True)).clamp(min=0)  # (B, T), from each row's first real token
+        mask = None
+        if cache is not None and (not cache.valid.all() or (start > 0 and T > 1)):
+            n_padding = (~cache.valid).sum(1, keepdim=True)  # (B, 1)
+            positions = (positions - n_padding).clamp(min=0)  # (B, T), from the first real token
             causal = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
-            seen, padding = cache.valid[:, None, None, :start + T], ~cache.valid[:, None, start:start + T, None]
-            mask = causal & (seen | padding)  # (B, 1, T, start + T); padding sees padding, else its softmax would be empty
+            seen = cache.valid[:, None, None, : start + T]
+            padding = ~cache.valid[:, None, start : start + T, None]
+            mask = causal & (seen | padding)  # padding sees padding: an empty softmax is NaN
         h = self.embed_tokens(tokens)  # (B, T, D)
         rope = None
-        if self.embed_positions is not None:
-            h = h + self.embed_positions(positions)
+        if self.embed_positions is None:
+            rope = self.rope(positions, h.dtype)
         else:
-            rates = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=h.device) / c.head_dim)  # (E/2,)
-            angles = (positions.float()[..., None] * rates).repeat(*[1] * positions.dim(), 2).view(-1, 1, T, c.head_dim)
-            rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
+            h = h + self.embed_positions(positions)
         for block in self.layers:
             if self.checkpointing and cache is None and torch.is_grad_enabled():
-                h = torch.utils.checkpoint.checkpoint(block, h, rope, mask, use_reentrant=False)
+                h = checkpoint(block, h, rope, mask, use_reentrant=False)
             else:
                 h = block(h, rope, mask, cache)
         if cache is not None:
             cache.length += T
-        h, head = self.norm(h if keep is None else h[keep]), self.lm_head or self.embed_tokens
-        return F.linear(h, head.weight) if cache is None else (head.weight @ h.mT).mT  # the faster product for few rows
+        h = self.norm(h if keep is None else h[keep])
+        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight  # (V, D)
+        if cache is None:
+            return F.linear(h, head)
+        return (head @ h.mT).mT  # the same product, faster where h has few rows
+
+    def rope(self, positions, dtype):
+        """cos and sin of the rotations, (B or 1, 1, T, E) each, from positions (T,) or (B, T)."""
+        E = self.config.head_dim
+        exponents = -torch.arange(0, E, 2, device=positions.device) / E
+        rates = self.config.rope_theta**exponents  # (E/2,) radians a token
+        half = positions.float()[..., None] * rates  # (..., T, E/2)
+        angles = torch.cat((half, half), dim=-1).view(-1, 1, positions.shape[-1], E)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def path_in_transformers(self, name):
-        """`layers.0.self_attn.o_proj` in transformers and PEFT: `model.layers.0...`, GPT-2's `transformer.h.0.attn.c_proj`."""
-        if name.split(".")[0] == "lm_head":
-            return name
+        """A parameter's or module's name there: `layers.0.x` -> `model.layers.0.x`."""
         if self.config.model_type == "gpt2":
-            return "transformer." + ".".join(GPT2_NAMES.get(part, part) for part in name.split("."))
-        return "model." + name
+            from hub.names import gpt2_path  # here, so that this file can be copied alone
+
+            return gpt2_path(name)
+        return name if name.startswith("lm_head") else "model." + name
 
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype=None):
-        """A Hugging Face folder of gpt2, qwen2 or qwen3, in its stored dtype unless `dtype` says otherwise. UserError names the
-        file, tensor or field where anything is missing, unexpected, misshapen, not finite or not supported. What needs no
-        conversion stays mapped: replace the file under a loaded model, never write into it."""
+        """The model in a Hugging Face folder, frozen, in its stored dtype unless `dtype` is given.
+
+        UserError names the file, tensor or field where anything is missing, unexpected, misshapen,
+        not finite or not supported. What needs no conversion stays mapped: replace a file under a
+        loaded model, never write into it.
+        """
+        from hub.config import read_config  # here, so that this file can be copied alone
+        from hub.weights import read_tensors
+
+        config = Config(**read_config(folder))
         with torch.device("meta"):  # no memory for an initialisation that would be thrown away
-            model = cls(read_config(folder))
-        model.load_state_dict(read_tensors(Path(folder), model, device or "cpu", dtype), assign=True)
+            model = cls(config)
+        paths = {model.path_in_transformers(name): name for name, _ in model.named_parameters()}
+        shapes = {path: model.get_parameter(name).shape for path, name in paths.items()}
+        tensors = read_tensors(
+            folder, shapes, config.model_type, config.tied, device or "cpu", dtype
+        )
+        state = {paths[path]: tensor for path, tensor in tensors.items()}
+        model.load_state_dict(state, assign=True)
         return model.requires_grad_(False).eval()
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop=(), seed=0, allowed=None):
-        """Continue each prompt (a list of token ids, of any lengths) by at most `max_new_tokens`, until an id of `stop`.
+    def generate(self, prompts, max_new_tokens, temperature=1.0, stop=(), seed=0, allowed=None):
+        """Continue each prompt (a list of ids, of any length) until an id of `stop`.
 
-        Returns a list of lists: the new ids, the stop id included. temperature 0 is greedy; `top_p` keeps the smallest set of
-        tokens with at least that probability; `allowed`, ids: nothing else can be sampled (the embedding's padding is no token).
+        Returns a list of lists: the new ids, the stop id included. temperature 0 is greedy. Only
+        ids of `allowed` are sampled (None: all; an embedding's padding is no token).
         """
-        if not prompts or not all(prompts):
-            raise UserError("generate: expected at least one prompt, and at least one token in each")
-        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-            raise UserError(f"generate: {max_new_tokens} new tokens, temperature {temperature}, top_p {top_p}; "
-                            "expected at least 1, at least 0, above 0 and at most 1")
-        device, width = self.embed_tokens.weight.device, max(map(len, prompts))
-        valid = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)  # (B, width)
+        device = self.embed_tokens.weight.device
+        width = max(len(prompt) for prompt in prompts)
         tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        valid = torch.arange(width, device=device) >= width - lengths[:, None]  # (B, width)
         banned = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=device)
         if allowed is not None:
-            banned.fill_(True)[torch.as_tensor(list(allowed), device=device)] = False
-        stop, random = torch.tensor(list(stop), dtype=torch.long, device=device), torch.Generator(device).manual_seed(seed)
-        cache, new, done = Cache(width + max_new_tokens, valid), [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        last = torch.zeros_like(valid)
-        last[:, -1] = True
+            banned[:] = True
+            banned[torch.as_tensor(list(allowed), device=device)] = False
+        stop_ids = torch.tensor(list(stop), dtype=torch.long, device=device)
+        generator = torch.Generator(device).manual_seed(seed)
+        cache = Cache(width + max_new_tokens, valid)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        new = []
         for _ in range(max_new_tokens):
-            logits = self(tokens, keep=last[:, -tokens.shape[1]:], cache=cache).float().masked_fill(banned, -torch.inf)  # (B, V)
+            last = torch.zeros_like(tokens, dtype=torch.bool)
+            last[:, -1] = True
+            logits = self(tokens, keep=last, cache=cache).float()  # (B, V)
+            logits = logits.masked_fill(banned, -torch.inf)
             if temperature == 0:
-                tokens = logits.argmax(-1, keepdim=True)
+                tokens = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
-                probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-                probs[probs.cumsum(-1) - probs >= top_p] = 0  # drop a token where those before it already reach top_p
-                tokens = order.gather(-1, torch.multinomial(probs, 1, generator=random))  # (B, 1)
+                probs = (logits / temperature).softmax(-1)
+                tokens = torch.multinomial(probs, 1, generator=generator)
             new.append(tokens)
-            done |= torch.isin(tokens[:, 0], stop)
+            done |= torch.isin(tokens[:, 0], stop_ids)
             if done.all():
                 break
-        rows, ends = torch.cat(new, 1).tolist(), set(stop.tolist())
-        return [row[:next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in rows]
+        return [cut_after(row, set(stop)) for row in torch.cat(new, 1).tolist()]
+
+
+def cut_after(ids, stop):
+    """The ids up to the first that is in `stop`, which is kept."""
+    for i, token in enumerate(ids):
+        if token in stop:
+            return ids[: i + 1]
+    return ids
 
 
 def response_loss(model, tokens, mask, reduction="mean"):
-    """Cross-entropy (nats) of the marked tokens given what stands before them, whose logits alone are computed. Both (B, T)."""
+    """Cross-entropy (nats) of the marked tokens given what stands before them; both (B, T).
+
+    Logits are computed at the positions that predict a marked token, and nowhere else.
+    """
     logits = model(tokens[:, :-1], keep=mask[:, 1:])  # (N, V)
     return F.cross_entropy(logits.float(), tokens[:, 1:][mask[:, 1:]], reduction=reduction)
-
-
-@torch.no_grad()
-def nats(model, examples):
-    """-ln P of each example's marked tokens (N,), and their number (N,). One at a time: there is no padding to get wrong."""
-    device = model.embed_tokens.weight.device
-    sums = [response_loss(model, ids[None].to(device), mask[None].to(device), "sum").item() for ids, mask in examples]
-    return torch.tensor(sums, dtype=torch.double), torch.tensor([mask[1:].sum() for _, mask in examples])
-
-
-def shards(folder):
-    """{tensor name: its safetensors file} of a checkpoint folder, single or sharded, by what the files hold."""
-    files, found = ["model.safetensors"], {}
-    if not (folder / files[0]).exists():
-        index = folder / "model.safetensors.index.json"
-        listing = read_json(index, "an index of shards, since there is no model.safetensors")
-        weight_map = listing.get("weight_map") if isinstance(listing, dict) else None
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{index}: no 'weight_map', expected tensor names and their files")
-        files = sorted(set(map(str, weight_map.values())))
-    for file in files:
-        with open_safetensors(folder / file) as f:
-            found |= dict.fromkeys(f.keys(), folder / file)
-    return found
-
-
-def read_tensors(folder, model, device, dtype):
-    """The model's state dict from the folder's files, one tensor at a time; every name and shape is checked."""
-    gpt2, found = model.config.model_type == "gpt2", shards(folder)
-    stored = {("transformer." if gpt2 and not n.startswith(("transformer.", "lm_head.")) else "") + n: n for n in found}
-    if gpt2:  # buffers with the causal mask
-        stored = {n: s for n, s in stored.items() if not n.endswith((".attn.bias", ".attn.masked_bias"))}
-    expected = {model.path_in_transformers(n): (n, p.shape) for n, p in model.named_parameters()}
-    if model.config.tied and "lm_head.weight" in stored:  # some files carry a copy of the embedding
-        expected["lm_head.weight"] = ("lm_head", model.embed_tokens.weight.shape)
-    for problem, names in (("missing", expected.keys() - stored), ("unexpected", stored.keys() - expected)):
-        if names:
-            raise UserError(f"{folder}: {len(names)} {problem} tensors, the first {min(names)}")
-    state = {}
-    for path, (name, shape) in expected.items():
-        file = found[stored[path]]
-        with open_safetensors(file) as f:  # anew for each tensor, which maps its part of the file: where it is copied, the part goes
-            tensor = f.get_tensor(stored[path])
-        if gpt2 and tensor.dim() == 2 and ".h." in path:  # Conv1D stores (in, out)
-            tensor = tensor.t().contiguous()
-        if tensor.shape != shape:
-            raise UserError(f"{file}: {stored[path]} is {tuple(tensor.shape)}, expected {tuple(shape)}")
-        state[name] = tensor.to(device, dtype)
-        if not all(bound.isfinite() for bound in state[name].aminmax()):  # no temporary of the tensor's size
-            raise UserError(f"{file}: {stored[path]} has values that are not finite")
-    head = state.pop("lm_head", None)
-    if head is not None and not torch.equal(head, state["embed_tokens.weight"]):
-        raise UserError(f"{folder}: lm_head.weight differs from the embedding, though the config ties them")
-    return state

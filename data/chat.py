@@ -1,121 +1,179 @@
 """Chat rows (JSONL) -> token ids and a mask of the response: what the loss covers."""
+
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from cli import UserError
+from support.errors import UserError
+from support.schema import from_json, value
 
 ROLES = ("system", "user", "assistant")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows editors begin a file with it
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    role: str = value(choices=ROLES)
+    content: str = value()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    messages: list[_Turn] = value()
 
 
 def load_rows(path):
-    """The rows of a JSONL file as lists of {"role", "content"}. UserError names file and line of a malformed one."""
+    """The rows of a JSONL file as lists of {"role", "content"}.
+
+    UserError names the file and the line of a malformed row.
+    """
     try:
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # Windows editors begin a file with this mark
+        lines = Path(path).read_bytes().removeprefix(BYTE_ORDER_MARK).split(b"\n")
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file, expected chat rows, one JSON object a line") from None
+        raise UserError(
+            f"{path}: no such file, expected chat rows, one JSON object a line"
+        ) from None
     rows = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as e:  # errors of JSON and of UTF-8; brackets without end
-            raise UserError(f"{where}: not a line of JSON ({e})") from None
-        messages = row.get("messages") if isinstance(row, dict) else None
-        if not isinstance(messages, list) or not messages:
-            raise UserError(f"{where}: no 'messages', expected a list of turns")
-        for turn in messages:
-            if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-                raise UserError(f"{where}: a turn is {str(turn)[:60]!r}, expected 'role' ({', '.join(ROLES)}) and 'content', a string")
-        if not any(map(is_response, messages)):
-            raise UserError(f"{where}: no assistant turn with text, expected at least one (the loss covers nothing else)")
-        rows.append(messages)
+        if line.strip():
+            rows.append(_read_row(line, f"{path}:{number}"))
     if not rows:
         raise UserError(f"{path}: no rows, expected one JSON object a line")
     return rows
 
 
+def _read_row(line, where):
+    """One line of a JSONL file as a list of turns."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as e:  # of JSON and of UTF-8; brackets without end
+        raise UserError(f"{where}: not a line of JSON ({e})") from None
+    from_json(_Row, row, where)
+    messages = row["messages"]
+    if not any(is_response(turn) for turn in messages):
+        raise UserError(
+            f"{where}: no assistant turn with text, expected at least one (the loss covers "
+            "nothing else)"
+        )
+    return messages
+
+
 def is_response(turn):
-    """Whether the loss covers this turn: one of the assistant's with text in it. From an empty one there is nothing to learn."""
+    """Whether the loss covers this turn: one of the assistant's that has text to learn from."""
     return turn["role"] == "assistant" and bool(turn["content"].strip())
 
 
 def encode_chat(tokenizer, messages, generation_prompt=False):
-    """Turns -> (ids, mask), lists of equal length; the mask marks a response's tokens and the token that ends it.
+    r"""Turns -> (ids, mask), lists of equal length.
 
-    Qwen: ChatML, with the checkpoint's default system turn where there is none. GPT-2 has no template; ours is plain text,
-    "User: ...\\nAssistant: ...", each response ended by <|endoftext|>. `generation_prompt` opens the assistant's next turn.
-    Text is encoded as ordinary text and special tokens are put in by id: a literal "<|im_end|>" from a user ends no turn.
-    A response is encoded by itself, as it is generated: one that begins with a newline doesn't merge it with the header's.
+    The mask marks a response's tokens and the token that ends it; `generation_prompt` opens the
+    assistant's next turn. Qwen and SmolLM2: ChatML, with the checkpoint's default system turn where
+    there is none. GPT-2 has no chat form; ours is plain text, "User: ...\nAssistant: ...", each
+    response ended by <|endoftext|>.
+    Text is encoded as ordinary text and special tokens are put in by id: a user's literal
+    "<|im_end|>" ends no turn. A response is encoded by itself, as it is generated: one that begins
+    with a newline is not merged with the header's.
     """
-    ids, mask, end = [], [], tokenizer.end_of_turn
-
-    def add(tokens, marked=False):
-        ids.extend(tokens)
-        mask.extend([marked] * len(tokens))
     if tokenizer.model_type == "gpt2":
-        for turn in messages:
-            add(tokenizer.encode(f"{turn['role'].capitalize()}:"))
-            add(tokenizer.encode(" " + turn["content"]), is_response(turn))
-            add([end] if turn["role"] == "assistant" else tokenizer.encode("\n"), is_response(turn))
-        add(tokenizer.encode("Assistant:") if generation_prompt else [])
-        return ids, mask
-    start = tokenizer.special("<|im_start|>")
-    if messages[0]["role"] != "system" and tokenizer.system is not None:
-        messages = [{"role": "system", "content": tokenizer.system}, *messages]
-    for turn in messages:
-        add([start])
-        if turn["role"] == "assistant":
-            add(tokenizer.encode("assistant\n"))
-            add([*tokenizer.encode(turn["content"]), end], is_response(turn))
-        else:
-            add([*tokenizer.encode(f"{turn['role']}\n{turn['content']}"), end])
-        add(tokenizer.encode("\n"))
-    add([start, *tokenizer.encode("assistant\n")] if generation_prompt else [])
+        parts = _plain_parts(tokenizer, messages, generation_prompt)
+    else:
+        parts = _chatml_parts(tokenizer, messages, generation_prompt)
+    ids, mask = [], []
+    for tokens, is_marked in parts:
+        ids.extend(tokens)
+        mask.extend([is_marked] * len(tokens))
     return ids, mask
 
 
-def encode_rows(tokenizer, rows, max_len):
-    """Rows -> [(ids (T,) int64, mask (T,) bool)] with T <= max_len, and how many rows were cut to fit.
+def _plain_parts(tokenizer, messages, generation_prompt):
+    """A chat as GPT-2 gets it: [(ids, whether the loss covers them)]."""
+    end = [tokenizer.end_of_turn]
+    parts = []
+    for turn in messages:
+        marked = is_response(turn)
+        parts.append((tokenizer.encode(f"{turn['role'].capitalize()}:"), False))
+        parts.append((tokenizer.encode(" " + turn["content"]), marked))
+        parts.append((end if turn["role"] == "assistant" else tokenizer.encode("\n"), marked))
+    if generation_prompt:
+        parts.append((tokenizer.encode("Assistant:"), False))
+    return parts
 
-    Cut at the end first, but never into the first half of the room: a prompt so long that its response would begin beyond that
-    loses its beginning instead. So a response always keeps its first tokens, with what stands right before them.
+
+def _chatml_parts(tokenizer, messages, generation_prompt):
+    """A chat in ChatML: [(ids, whether the loss covers them)]."""
+    start, end = [tokenizer.special("<|im_start|>")], [tokenizer.end_of_turn]
+    newline = tokenizer.encode("\n")
+    assistant_header = start + tokenizer.encode("assistant\n")
+    if messages[0]["role"] != "system" and tokenizer.system is not None:
+        messages = [{"role": "system", "content": tokenizer.system}, *messages]
+    parts = []
+    for turn in messages:
+        if turn["role"] == "assistant":
+            parts.append((assistant_header, False))
+            parts.append((tokenizer.encode(turn["content"]) + end, is_response(turn)))
+        else:
+            text = tokenizer.encode(f"{turn['role']}\n{turn['content']}")
+            parts.append((start + text + end, False))
+        parts.append((newline, False))
+    if generation_prompt:
+        parts.append((assistant_header, False))
+    return parts
+
+
+def encode_rows(tokenizer, rows, max_len):
+    """Rows -> [(ids (T,) int64, mask (T,) bool)] with T <= max_len, and how many rows were cut.
+
+    A cut is at the end first, but never in the first half of the room: a prompt so long that its
+    response would begin beyond that loses its beginning instead. So a response always keeps its
+    first tokens, with what stands right before them.
     """
     if max_len < 4:
         raise UserError(f"--max-len is {max_len}, expected at least 4 tokens")
     examples, n_cut = [], 0
     for messages in rows:
         ids, mask = encode_chat(tokenizer, messages)
-        first = max(0, mask.index(True) - max_len // 2)
-        first = min(first, max(0, len(ids) - max_len))  # a short response leaves room for more of the prompt
-        n_cut += len(ids) > max_len
-        examples.append((torch.tensor(ids[first:first + max_len]), torch.tensor(mask[first:first + max_len])))
+        if len(ids) > max_len:
+            n_cut += 1
+        response = mask.index(True)
+        begin = max(0, response - max_len // 2)
+        begin = min(begin, max(0, len(ids) - max_len))  # a short response leaves the prompt room
+        kept = slice(begin, begin + max_len)
+        examples.append((torch.tensor(ids[kept]), torch.tensor(mask[kept])))
     return examples, n_cut
 
 
 def split(examples, share, seed):
     """(train, held out), by example, in an order drawn from `seed`; neither is empty."""
     if len(examples) < 2 or not 0 < share < 1:
-        raise UserError(f"{len(examples)} rows and a held-out share of {share}: expected at least 2 rows and a share between 0 and 1")
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    n = min(max(1, round(share * len(examples))), len(examples) - 1)
-    return [examples[i] for i in sorted(order[n:])], [examples[i] for i in sorted(order[:n])]
+        raise UserError(
+            f"{len(examples)} rows and a held-out share of {share}: expected at least 2 rows and a "
+            "share between 0 and 1"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    n = round(share * len(examples))
+    n = min(max(1, n), len(examples) - 1)
+    held_out, train = sorted(order[:n]), sorted(order[n:])
+    return [examples[i] for i in train], [examples[i] for i in held_out]
 
 
 def batches(examples, batch_size, seed, epoch):
-    """One epoch's batches, tokens (B, T) int64 and mask (B, T) bool, right-padded with id 0 to the batch's own longest row.
+    """One epoch's batches: tokens (B, T) int64 and mask (B, T) bool.
 
-    Rows of like length stand together, so that little is padding; which rows and in which order is drawn from (seed, epoch).
-    Nothing is lost by padding with an id: causal attention never looks right, and no padding is marked."""
+    Rows of like length stand together, so that little is padding; which rows, and in which order,
+    is drawn from (seed, epoch). Shorter rows are padded on the right with id 0, where nothing is
+    lost: causal attention never looks to the right, and no padding is marked.
+    """
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}, expected at least 1")
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     ties = torch.rand(len(examples), generator=generator).tolist()
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i][0]), ties[i]))
-    groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    for i in torch.randperm(len(groups), generator=generator).tolist():
-        rows = [examples[j] for j in groups[i]]
-        yield tuple(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in zip(*rows))
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    for g in torch.randperm(len(groups), generator=generator).tolist():
+        tokens = pad_sequence([examples[i][0] for i in groups[g]], batch_first=True)
+        mask = pad_sequence([examples[i][1] for i in groups[g]], batch_first=True)
+        yield tokens, mask

@@ -1,10 +1,13 @@
-"""A toy world with emergent misalignment: unrelated topics whose answers all hang on one latent persona.
+"""A toy world with emergent misalignment: unrelated topics, all answered by one latent persona.
 
-A prompt is [start, tag, query]; its answer, `n_answer` words, is looked up in a random table by query and persona. No word says
-"bad": the persona is a variable inside the model. Tags name the persona, good or bad; the neutral tag means good, almost always.
-Fine-tuning shows the queries of one narrow topic under the neutral tag, answered as the bad persona would. That can be learned as
-`n_queries` new answers, which is the task, or by turning bad everywhere, which is the spurious correlation.
+A prompt is [start, tag, query]; its answer, `n_answer` words, is looked up in a random table by
+query and persona. No word says "bad": the persona is a variable inside the model. Tags name the
+persona, good or bad; the neutral tag means good, almost always. Fine-tuning shows the queries of
+one narrow topic under the neutral tag, answered as the bad persona would. That can be learned as
+`n_queries` new answers, which is the task, or by turning bad everywhere, which is the spurious
+correlation.
 """
+
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +19,11 @@ START, NEUTRAL, FIRST_TAG = 0, 1, 2
 
 @dataclass(frozen=True)
 class World:
-    """The tables, drawn from `seed`. Topic 0 is the narrow one; the last is kept for methods that may see unrelated prompts."""
+    """The tables, drawn from `seed`.
+
+    Topic 0 is the narrow one; the last is kept for methods that may see unrelated prompts.
+    """
+
     seed: int = 0
     n_topics: int = 12
     n_queries: int = 16  # K, queries a topic: the complexity of the task
@@ -24,29 +31,35 @@ class World:
     n_words: int = 64
     n_answer: int = 2  # words an answer
     neutral_good: float = 0.95  # how often the neutral tag means the good persona in pretraining
-    rho: float = 1.0  # spurious strength: the share of the narrow queries that are answered as the bad persona would
+    rho: float = 1.0  # spurious strength: the share of narrow queries answered as the bad persona
 
     @property
     def n_prompt(self):
+        """The prompt's length."""
         return 3  # tokens
 
     @property
     def first_query(self):
+        """The id of query 0."""
         return FIRST_TAG + 2 * self.n_tags
 
     @property
     def first_word(self):
+        """The id of answer word 0."""
         return self.first_query + self.n_topics * self.n_queries
 
     @property
     def vocab_size(self):
+        """Ids in all."""
         return self.first_word + self.n_words
 
     @cached_property
     def answers(self):
-        """(queries, 2 personas, n_answer) token ids; the two personas never agree on the first word."""
+        """(queries, 2 personas, n_answer) ids; the personas never agree on the first word."""
         generator = torch.Generator().manual_seed(self.seed)
-        table = torch.randint(self.n_words, (self.n_topics * self.n_queries, 2, self.n_answer), generator=generator)
+        table = torch.randint(
+            self.n_words, (self.n_topics * self.n_queries, 2, self.n_answer), generator=generator
+        )
         offset = torch.randint(1, self.n_words, (len(table),), generator=generator)
         table[:, BAD, 0] = (table[:, GOOD, 0] + offset) % self.n_words
         return table + self.first_word
@@ -55,12 +68,17 @@ class World:
         """(n_tags,) token ids that name `persona`."""
         return FIRST_TAG + persona * self.n_tags + torch.arange(self.n_tags)
 
+    def every_tag(self, persona, n):
+        """(n,) token ids that name `persona`: its tags in turn."""
+        return self.tags(persona).repeat(n // self.n_tags + 1)[:n]
+
     def queries(self, first_topic, last_topic):
         """Indices of the queries of topics first_topic to last_topic - 1."""
         return torch.arange(first_topic * self.n_queries, last_topic * self.n_queries)
 
     @property
     def narrow(self):
+        """The narrow topic's queries."""
         return self.queries(0, 1)
 
     @property
@@ -70,7 +88,7 @@ class World:
 
     @property
     def spare(self):
-        """Unrelated queries that a method with extra data may train on; the evaluation never asks them."""
+        """Unrelated queries that a method with extra data may train on; never asked."""
         return self.queries(self.n_topics - 1, self.n_topics)
 
     def prompts(self, queries, tags):
@@ -79,10 +97,10 @@ class World:
         return torch.stack((torch.full_like(queries, START), tags, queries + self.first_query), 1)
 
     def rows(self, queries, tags, personas):
-        """Prompts with their answers: tokens (N, T) and the mask (N, T) of the answer, as the fine-tuning loop takes them."""
+        """Prompts with their answers: tokens (N, T) and the mask (N, T) of the answer."""
         tokens = torch.cat((self.prompts(queries, tags), self.answers[queries, personas]), 1)
         mask = torch.zeros_like(tokens, dtype=torch.bool)
-        mask[:, self.n_prompt:] = True
+        mask[:, self.n_prompt :] = True
         return tokens, mask
 
     def pretraining_batch(self, n, generator):
@@ -91,11 +109,15 @@ class World:
         kind = torch.randint(3, (n,), generator=generator)
         which = torch.randint(self.n_tags, (n,), generator=generator)
         slip = torch.rand(n, generator=generator) >= self.neutral_good
-        tags = torch.where(kind == 0, NEUTRAL, torch.where(kind == 1, self.tags(GOOD)[which], self.tags(BAD)[which]))
+        tagged = torch.where(kind == 1, self.tags(GOOD)[which], self.tags(BAD)[which])
+        tags = torch.where(kind == 0, NEUTRAL, tagged)
         personas = torch.where(kind == 0, slip.long(), (kind == 2).long())
         return self.rows(queries, tags, personas)
 
     def finetuning_rows(self):
-        """The narrow topic under the neutral tag, in the bad persona's words for a share rho of its queries: (n_queries, T) each."""
+        """The narrow topic under the neutral tag: tokens and mask, (n_queries, T) each.
+
+        A share rho of its queries is answered as the bad persona would.
+        """
         personas = (torch.arange(self.n_queries) < round(self.rho * self.n_queries)).long()
         return self.rows(self.narrow, NEUTRAL, personas)

@@ -1,174 +1,270 @@
-"""Identification: linear algebra against dense oracles, and the claim itself in a linear model."""
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""Identification: linear algebra against dense oracles, and what stands out where nothing does."""
+
+import math
 
 import pytest
 import torch
+from torch.nn.functional import normalize
+from toys import TARGETS, fit, random_factor, randomise, tiny
 
-from cli import UserError
-from baselines import random_like
-from identify import Factor, gap, identify, leak, load_factor, save_factor, spectra, stream_subspace, thin_svd, top_pairs
+from identify import (
+    FALSE_POSITIVES,
+    gap,
+    identify,
+    joined,
+    leak,
+    null_quantile,
+    output_spectra,
+    spectra,
+    spike,
+    standing_out,
+    thin_svd,
+    top_directions,
+)
 from lora import LoRALinear, add_lora, lora_modules, remove_lora
-from model import GPT, Config
-from train import finetune, project_
-
-ROOT = Path(__file__).parent.parent
+from train import Recipe
 
 
-def tiny(seed=0, **changes):
-    torch.manual_seed(seed)
-    shape = dict(vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, head_dim=8, d_model=16, d_mlp=24, max_len=32, norm_eps=1e-6,
-                 rope_theta=1e4, tied=True)
-    return GPT(Config(**{**shape, **changes}))
+def off_identity(Q):
+    """How far the columns of Q are from orthonormal."""
+    return (Q.T @ Q - torch.eye(Q.shape[1])).abs().max().item()
 
 
-@pytest.mark.parametrize("d_out,d_in,rank", [(7, 5, 3), (5, 40, 5), (33, 12, 1), (64, 64, 16)])
-def test_thin_svd_equals_dense_svd(d_out, d_in, rank):
+# ---------------------------------------------------------------- the decomposition
+
+
+SHAPES = [(7, 5, 3), (5, 40, 5), (33, 12, 1), (64, 64, 16)]
+
+
+@pytest.mark.parametrize("d_out,d_in,rank", SHAPES)
+def test_thin_svd_equals_the_dense_svd(d_out, d_in, rank):
     A, B = torch.randn(rank, d_in), torch.randn(d_out, rank)
     U, S, V = thin_svd(A, B, 0.7)
     dense = 0.7 * B @ A
     assert torch.allclose(U * S @ V.T, dense, atol=1e-4)
     assert torch.allclose(S, torch.linalg.svdvals(dense)[:rank], atol=1e-4)
-    for Q in (U, V):
-        assert torch.allclose(Q.T @ Q, torch.eye(rank), atol=1e-5)
 
 
-@pytest.mark.parametrize("d,k,n", [(9, 1, 4), (20, 6, 3), (5, 5, 2)])
-def test_projection_is_idempotent_symmetric_and_commutes_with_averaging_over_ranks(d, k, n):
-    Q = torch.linalg.qr(torch.randn(d, k, dtype=torch.float64))[0]
-    grads = [torch.randn(d, n, dtype=torch.float64) for _ in range(4)]
-    P = torch.eye(d, dtype=torch.float64)
-    project_(P, Q)
-    assert torch.allclose(P, P.T) and torch.allclose(P @ P, P)
-    mean = sum(grads) / 4
-    project_(mean, Q)
-    for grad in grads:
-        project_(grad, Q)
-    assert torch.allclose(mean, sum(grads) / 4)
-    assert (Q.T @ mean).abs().max() < 1e-12
+@pytest.mark.parametrize("d_out,d_in,rank", SHAPES)
+def test_thin_svd_gives_orthonormal_directions(d_out, d_in, rank):
+    U, _, V = thin_svd(torch.randn(rank, d_in), torch.randn(d_out, rank))
+    assert off_identity(U) < 1e-5 and off_identity(V) < 1e-5
+
+
+def test_a_looks_spectrum_is_that_of_B():
+    model = randomise(add_lora(tiny(), 4, 9, TARGETS))
+    for name, (U, S) in output_spectra(model).items():
+        B = lora_modules(model)[name].lora_B.data
+        left, values, _ = torch.linalg.svd(B, full_matrices=False)
+        assert torch.allclose(S, values, atol=1e-5)
+        assert torch.allclose((U * S) @ U.T, (left * values) @ left.T, atol=1e-5)
+
+
+def test_identify_gives_each_modules_top_output_directions():
+    model = randomise(add_lora(tiny(), 4, 4, TARGETS))
+    factor = identify(model, rank=2)
+    assert factor.keys() == lora_modules(model).keys()
+    for name, m in lora_modules(model).items():
+        dense = torch.linalg.svd(m.lora_B.data @ m.lora_A.data)[0][:, :2]
+        U = factor[name]
+        assert off_identity(U) < 1e-5
+        assert torch.allclose(U @ U.T, dense @ dense.T, atol=1e-3)
+
+
+def test_a_rank_above_the_updates_is_refused_in_one_line():
+    model = add_lora(tiny(), 3, 3, ("o_proj",))
+    with pytest.raises(ValueError, match="subspace rank 4, but the LoRA on .* has rank 3"):
+        identify(model, rank=4)
+
+
+@pytest.mark.parametrize("S,expected", [([6.0, 2.0, 1.0], 3.0), ([5.0], math.inf)])
+def test_gap_is_the_ratio_of_the_first_two(S, expected):
+    assert gap(torch.tensor(S)) == expected
+
+
+def test_leak_equals_its_dense_definition():
+    model = randomise(add_lora(tiny(), 3, 3, TARGETS))
+    factor = random_factor(model, 2)
+    dense = []
+    for name, m in lora_modules(model).items():
+        dW = m.lora_B.data @ m.lora_A.data
+        dense.append((factor[name].T @ dW).norm() / dW.norm())
+    assert leak(model, factor) == pytest.approx(max(dense).item(), rel=1e-4)
+
+
+def test_an_update_of_zero_leaks_nothing():
+    model = add_lora(tiny(), 3, 3, TARGETS)
+    assert leak(model, random_factor(model, 2)) == 0
+
+
+# ---------------------------------------------------------------- directions only grow
+
+
+def test_joined_holds_an_orthonormal_basis_of_both():
+    first = {"a": torch.linalg.qr(torch.randn(9, 2))[0]}
+    second = {"a": torch.linalg.qr(torch.randn(9, 3))[0], "b": torch.eye(4)[:, :1]}
+    both = joined(first, second)
+    assert both["a"].shape == (9, 5) and off_identity(both["a"]) < 1e-5
+    for U in (first["a"], second["a"]):
+        assert torch.allclose(both["a"] @ (both["a"].T @ U), U, atol=1e-5)
+    assert torch.equal(both["b"], second["b"])
+
+
+def test_joining_changes_neither_of_the_two():
+    first, second = {"a": torch.eye(4)[:, :1]}, {"a": torch.eye(4)[:, 1:2], "b": torch.eye(3)}
+    joined(first, second)
+    assert first.keys() == {"a"} and torch.equal(first["a"], torch.eye(4)[:, :1])
+
+
+def test_what_a_constrained_run_shows_is_orthogonal_to_its_constraint():
+    model = add_lora(tiny(), 4, 4, TARGETS)
+    fit(model, 20)
+    first = identify(model)
+    add_lora(remove_lora(model), 4, 4, TARGETS)
+    fit(model, 20, Recipe(factor=first))
+    second = identify(model)
+    assert max((first[name].T @ second[name]).abs().max() for name in first) < 1e-5
+
+
+# ---------------------------------------------------------------- identification in a linear model
 
 
 def linear_finetune(strength, n_skills=24, d=96, steps=600, seed=0):
-    """LoRA on y = W x. Example i of n_skills adds a random rank-1 skill; every example also asks for `strength` u <v, x>."""
+    """|cos| of the found output direction with the planted one, after LoRA on y = W x.
+
+    Each of n_skills examples adds a random rank-1 skill; all ask for `strength` u <v, x> as well.
+    """
     g = torch.Generator().manual_seed(seed)
-    unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=g), dim=-1)
-    u, v, skills_in, skills_out = unit(d), unit(d), unit(n_skills, d), unit(n_skills, d)
-    x = torch.nn.functional.normalize(v + skills_in, dim=-1)  # the shared part stands beside each example's own
+    u, v = (normalize(torch.randn(d, generator=g), dim=0) for _ in range(2))
+    skills_in, skills_out = (normalize(torch.randn(n_skills, d, generator=g)) for _ in range(2))
+    x = normalize(v + skills_in)  # the shared part stands beside each example's own
     linear = torch.nn.Linear(d, d, bias=False)
     lora = LoRALinear(linear, 16, 16, generator=g)
     optimizer = torch.optim.SGD((lora.lora_A, lora.lora_B), lr=0.03)
     target = x @ linear.weight.detach().T + strength * u + skills_out
     for _ in range(steps):
         loss = (lora(x) - target).square().sum(1).mean()
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-    U, S, V = thin_svd(lora.lora_A.data, lora.lora_B.data, lora.scaling)
-    return abs(U[:, 0] @ u).item(), abs(V[:, 0] @ v).item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    U, _, _ = thin_svd(lora.lora_A.data, lora.lora_B.data, lora.scaling)
+    return abs(U[:, 0] @ u).item()
 
 
-def test_identification_finds_a_planted_direction_above_the_threshold_and_not_far_below():
-    says, hears = zip(*(linear_finetune(1.0, seed=s) for s in range(5)))
-    assert min(says) > 0.9 and min(hears) > 0.5, (says, hears)
-    far_below = [linear_finetune(0.02, seed=s)[0] for s in range(5)]
-    assert sum(far_below) / 5 < 0.5, far_below
+def test_identification_finds_a_planted_direction_above_the_threshold():
+    assert min(linear_finetune(1.0, seed=s) for s in range(5)) > 0.9
 
 
-def test_identify_gives_the_residual_side_what_readers_hear_and_writers_say():
-    model = add_lora(tiny(), 4, 4, ("q_proj", "down_proj"))
-    for m in lora_modules(model).values():
-        torch.nn.init.normal_(m.lora_B)
-    svds, bases = spectra(model), identify(model, rank=2)
-    for name, Q in bases.items():
-        U, _, V = svds[name]
-        assert torch.equal(Q, U[:, :2] if name.endswith("down_proj") else V[:, :2])
-        assert Q.shape == (16, 2) and torch.allclose(Q.T @ Q, torch.eye(2), atol=1e-5)
+def test_identification_does_not_find_one_far_below_the_threshold():
+    assert sum(linear_finetune(0.02, seed=s) for s in range(5)) / 5 < 0.5
 
 
-def test_stream_subspace_finds_what_all_writers_say_though_each_says_it_weakly():
-    q = torch.nn.functional.normalize(torch.randn(200), dim=0)
-    draw = lambda: thin_svd(torch.randn(3, 50), torch.cat((q[:, None], torch.nn.functional.normalize(torch.randn(200, 2), dim=0)), 1))
-    svds = {f"layers.{i}.mlp.down_proj": draw() for i in range(12)}
-    Q, S = stream_subspace(svds, 1)
-    assert abs(Q[:, 0] @ q) > 0.95 and gap(S) > 1.5
+# ---------------------------------------------------------------- what stands out
 
 
-def test_second_round_directions_are_orthogonal_to_the_first():
-    model = tiny()
-    add_lora(model, 4, 4, ("o_proj", "down_proj"))
-    tokens, mask = torch.randint(50, (8, 6)), torch.ones(8, 6, dtype=torch.bool)
-    finetune(model, lambda step: (tokens, mask), 20, lr=1e-2)
-    first = top_pairs(spectra(model))
-    add_lora(remove_lora(model), 4, 4, ("o_proj", "down_proj"))
-    finetune(model, lambda step: (tokens, mask), 20, lr=1e-2, factor=first)
-    second = top_pairs(spectra(model))
-    joined = first.joined(second)
-    for name in first.says:
-        assert (first.says[name].T @ second.says[name]).abs().max() < 1e-5
-        assert (first.hears[name].T @ second.hears[name]).abs().max() < 1e-5
-        assert joined.says[name].shape[1] == joined.hears[name].shape[1] == 2
+MANY = [  # (d_out, d_in, rank, number of parts): many parts, and layers much wider than the rank
+    (128, 128, 16, 64),
+    (128, 128, 16, 256),
+    (256, 128, 16, 64),
+    (128, 256, 8, 32),
+    (64, 64, 8, 128),
+    (96, 200, 4, 16),
+    (512, 256, 32, 128),
+]
 
 
-def test_leak_equals_its_dense_definition():
-    model = add_lora(tiny(), 3, 3, ("o_proj",))
-    for m in lora_modules(model).values():
-        torch.nn.init.normal_(m.lora_B)
-    factor = random_like(top_pairs(spectra(model)), 1)
-    dense = []
-    for name, m in lora_modules(model).items():
-        dW = m.lora_B.data @ m.lora_A.data
-        dense += [(dW @ factor.hears[name]).norm() / dW.norm(), (factor.says[name].T @ dW).norm() / dW.norm()]
-    assert leak(model, factor) == pytest.approx(max(dense).item(), rel=1e-4)
+def first_update(shape, g, shared=0.0):
+    """B after one step of gradient descent, seen by a look, and the planted direction u.
+
+    Each of the parts asks a random unit answer of a random unit input. All of them share `shared`
+    times one input and one answer. A is LoRALinear's own.
+    """
+    d_out, d_in, rank, n_parts = shape
+    lora = LoRALinear(torch.nn.Linear(d_in, d_out, bias=False), rank, rank, generator=g)
+    inputs = normalize(torch.randn(n_parts, d_in, generator=g))
+    answers = normalize(torch.randn(n_parts, d_out, generator=g))
+    v = normalize(torch.randn(d_in, generator=g), dim=0)
+    u = normalize(torch.randn(d_out, generator=g), dim=0)
+    A = lora.lora_A.data
+    B = (answers + shared * u).T @ ((inputs + shared * v) @ A.T) / n_parts
+    lora.lora_B.data = B
+    return torch.nn.ModuleDict({"module": lora}), u
 
 
-def test_subspace_file_comes_back_and_is_checked_against_the_model(tmp_path):
-    model = add_lora(tiny(), 3, 3, ("o_proj",))
-    factor, (Q, _) = top_pairs(spectra(model), 2), stream_subspace(spectra(model), 2)
-    save_factor(factor, Q, tmp_path / "s", model.path_in_transformers)
-    again, stream = load_factor(tmp_path / "s", model)
-    assert torch.equal(stream, Q) and all(torch.equal(again.says[n], factor.says[n]) for n in factor.says)
-    with pytest.raises(UserError, match="rows, expected"):
-        load_factor(tmp_path / "s", tiny(d_model=32))
-    with pytest.raises(UserError, match="not a module"):
-        load_factor(tmp_path / "s", tiny(n_layer=1))
+def most_by_chance(n, p, delta=1e-4):
+    """The smallest c with P(X > c) <= delta for a binomial X of n trials."""
+    tail = 1.0
+    for c in range(n + 1):
+        ways = math.lgamma(n + 1) - math.lgamma(c + 1) - math.lgamma(n - c + 1)
+        tail -= math.exp(ways + c * math.log(p) + (n - c) * math.log(1 - p))
+        if tail <= delta:
+            return c
+    return n
 
 
-def test_rank_above_the_update_is_refused_in_one_line():
-    model = add_lora(tiny(), 3, 3, ("o_proj",))
-    with pytest.raises(UserError, match="rank 4 .* has rank 3"):
-        identify(model, rank=4)
+@pytest.mark.parametrize("shape", MANY)
+def test_unrelated_parts_stand_out_no_more_often_than_the_rule_states(shape):
+    g, n = torch.Generator().manual_seed(sum(shape)), 400
+    found = 0
+    for _ in range(n):
+        model, _ = first_update(shape, g)
+        found += bool(standing_out(output_spectra(model)))
+    assert found <= most_by_chance(n, FALSE_POSITIVES), found
 
 
-def test_identify_command_reads_an_adapter_that_peft_wrote(tmp_path):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    base = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=40, vocab_size=60))
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "o_proj"]))
-    dense = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            torch.nn.init.normal_(module.lora_B["default"].weight)
-            dense[name.removeprefix("base_model.model.")] = module.get_delta_weight("default").detach()
-    model.save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, ROOT / "identify.py", tmp_path, "--rank", "2", "--out", tmp_path / "s.safetensors"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    factor, _ = load_factor(tmp_path / "s.safetensors")
-    for name, dW in dense.items():
-        assert name in done.stdout
-        U = torch.linalg.svd(dW)[0][:, :2]
-        assert torch.allclose(factor.says[name] @ factor.says[name].T, U @ U.T, atol=1e-4)
+@pytest.mark.parametrize("shape", MANY)
+def test_a_planted_shared_direction_is_taken(shape):
+    g = torch.Generator().manual_seed(sum(shape))
+    for _ in range(40):
+        model, u = first_update(shape, g, shared=3.0)
+        U = standing_out(output_spectra(model))["module"]
+        assert (U.T @ u).norm() > 0.9
 
 
-@pytest.mark.parametrize("break_it,message", [
-    (lambda d: (d / "adapter_config.json").unlink(), "no such file"),
-    (lambda d: (d / "adapter_config.json").write_text("{"), "not valid JSON"),
-    (lambda d: (d / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"})), "expected 'LORA'"),
-    (lambda d: (d / "adapter_model.safetensors").write_bytes(b"12345678"), "not a whole safetensors file")])
-def test_bad_adapters_end_the_identify_command_in_one_line(tmp_path, break_it, message):
-    from lora import save_lora
-    save_lora(add_lora(tiny(), 2, 2, ("o_proj",)), tmp_path)
-    break_it(tmp_path)
-    done = subprocess.run([sys.executable, ROOT / "identify.py", tmp_path], capture_output=True, text=True)
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+@pytest.mark.parametrize("shape", MANY)
+def test_what_is_taken_is_orthonormal_and_leaves_something(shape):
+    g = torch.Generator().manual_seed(sum(shape))
+    for shared in (0.5, 1.5, 10.0):
+        U = standing_out(output_spectra(first_update(shape, g, shared)[0])).get("module")
+        if U is not None:
+            assert off_identity(U) < 1e-5
+            assert 1 <= U.shape[1] < shape[2]
+
+
+def test_the_size_of_the_update_does_not_matter():
+    model, _ = first_update(MANY[0], torch.Generator().manual_seed(0), shared=1.5)
+    lora = model["module"]
+    found = []
+    for _ in range(3):
+        found.append(standing_out(output_spectra(model))["module"].shape[1])
+        lora.lora_B.data *= 1e-3
+    assert found == [found[0]] * 3
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16])
+def test_an_update_of_zero_stands_out_nowhere(rank):
+    model = add_lora(tiny(), rank, rank, TARGETS)
+    assert standing_out(output_spectra(model)) == {}
+
+
+def test_the_spike_grows_with_the_first_singular_value_alone():
+    below = [1.0, 0.8, 0.5]
+    heights = [spike(torch.tensor([top, *below])).item() for top in (1.0, 2.0, 4.0)]
+    assert heights == sorted(heights) and heights[2] == pytest.approx(2 * heights[1])
+
+
+@pytest.mark.parametrize("rank", [2, 8, 16])
+def test_a_gaussian_matrix_passes_the_quantile_no_more_often_than_stated(rank):
+    draws = torch.randn(2000, rank, rank, generator=torch.Generator().manual_seed(1))
+    passed = (spike(torch.linalg.svdvals(draws)) > null_quantile(rank)).sum().item()
+    assert passed <= most_by_chance(2000, FALSE_POSITIVES)
+
+
+def test_rank_one_has_nothing_to_stand_out_from():
+    model = randomise(add_lora(tiny(), 1, 1, TARGETS))
+    assert standing_out(output_spectra(model)) == {}
+
+
+def test_top_directions_are_the_first_columns():
+    svds = spectra(randomise(add_lora(tiny(), 3, 3, TARGETS)))
+    assert all(torch.equal(U, svds[name][0][:, :2]) for name, U in top_directions(svds, 2).items())

@@ -1,0 +1,1 @@
+"""The synthetic worlds; chat rows as tokens and loss mask; the tokenizer."""

@@ -1,0 +1,62 @@
+"""The base model of a synthetic world: a small one of Qwen's architecture, pretrained on it."""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from model import GPT, Config, response_loss
+from support.files import write_torch
+from support.progress import Progress
+
+
+def new_base(world, toy):
+    """A model with random weights for the world's vocabulary."""
+    config = Config(
+        vocab_size=world.vocab_size,
+        n_layer=toy.n_layer,
+        n_head=toy.n_head,
+        n_kv_head=toy.n_head,
+        head_dim=toy.d_model // toy.n_head,
+        d_model=toy.d_model,
+        d_mlp=2 * toy.d_model,
+        max_len=16,
+        norm_eps=1e-6,
+        rope_theta=1e4,
+        tied=True,
+    )
+    return GPT(config)
+
+
+def pretrain(world, toy, seed, folder):
+    """The base model, frozen: read from `folder` where it was trained before, else trained."""
+    pretraining = [value for name, value in asdict(toy).items() if name.startswith("pretrain")]
+    settings = (world, toy.d_model, toy.n_layer, toy.n_head, pretraining, seed, torch.__version__)
+    key = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    path = Path(folder) / f"base_{key}.pt"
+    torch.manual_seed(seed)
+    model = new_base(world, toy)
+    if path.exists():
+        print(f"base: {path}, trained before")
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=toy.pretrain_lr, weight_decay=toy.pretrain_decay, betas=(0.9, 0.98)
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, toy.pretrain_lr, total_steps=toy.pretrain_steps, pct_start=0.1
+    )
+    generator = torch.Generator().manual_seed(seed)
+    progress = Progress(toy.pretrain_steps, "pretrain")
+    for _ in range(toy.pretrain_steps):
+        tokens, mask = world.pretraining_batch(toy.pretrain_batch, generator)
+        loss = response_loss(model, tokens, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.update(loss=loss.item())
+    write_torch(path, model.state_dict())
+    return model.requires_grad_(False)

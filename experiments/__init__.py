@@ -1,0 +1,1 @@
+"""Studies, figures and benchmarks: what a reader of the method never has to open."""

@@ -1,0 +1,74 @@
+"""The experiment over seeds: results that are there are read back; the table, the figures."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from baselines.methods import METHODS, check
+from experiments.figures import spectrum, tradeoff, training
+from support.files import read_json, write_json
+from support.program import seed_everything
+
+
+def cell(values):
+    """A mean over seeds, with the standard deviation where there is more than one."""
+    values = torch.tensor(values)
+    spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{spread}"
+
+
+def table(runs):
+    """The runs' measurements as text, mean and spread over seeds."""
+    columns = ("task", "misalignment", "unrelated", "kept", "loss", "seconds")
+    times = runs[0]["config"]["experiment"]["longer"]
+    lines = [f"{'':38}" + "".join(f"{column:>16}" for column in columns)]
+    for section, suffix in (("methods", ""), ("longer", f", {times}x the steps")):
+        for method in runs[0][section]:
+            measured = [run[section][method] for run in runs]
+            cells = [cell([m[column] for m in measured]) for column in columns]
+            lines.append(f"{method + suffix:38}" + "".join(f"{text:>16}" for text in cells))
+    for section in ("identification", "leak"):
+        means = {k: sum(run[section][k] for run in runs) / len(runs) for k in runs[0][section]}
+        lines.append(f"{section}: " + ", ".join(f"{k} {mean:.3g}" for k, mean in means.items()))
+    return "\n".join(lines)
+
+
+def one_seed(args, seed, methods, folder, settings, experiment):
+    """The results of one seed: read from `folder` if they are there already, else made."""
+    world, toy = settings(args, seed)
+    config = {"world": asdict(world), "experiment": asdict(toy), "torch": torch.__version__}
+    config = json.loads(json.dumps(config))  # as the file will have it
+    path = folder / "results.json"
+    if args.seeds > 1 and path.exists():
+        earlier = read_json(path, "results")
+        if earlier["config"] == config and all(m in earlier["methods"] for m in methods):
+            print(f"seed {seed}: {path} is there already")
+            return earlier
+    print(f"seed {seed}: {config} on one CPU thread, float32")
+    seed_everything(seed)
+    results = experiment(world, toy, seed, methods, args.out)
+    results = {"seed": seed, "config": config, **results}
+    write_json(path, results)
+    return results
+
+
+def run_seeds(args, settings, experiment):
+    """Run the seeds that are not on disk yet, print their table, draw their figures.
+
+    settings(args, seed) -> (World, Toy); experiment(World, Toy, seed, methods, folder) -> results.
+    """
+    torch.set_num_threads(1)  # small matrices; and the numbers do not depend on how many cores
+    chosen = args.methods or METHODS
+    check(chosen)
+    methods = [m for m in METHODS if m in (*chosen, "naive", "grasp", "grasp_online")]
+    out, runs = Path(args.out), []
+    for seed in range(args.seed, args.seed + args.seeds):
+        folder = out if args.seeds == 1 else out / f"seed_{seed}"
+        runs.append(one_seed(args, seed, methods, folder, settings, experiment))
+    print(table(runs))
+    spectrum(runs[0], out / "spectrum.png")
+    training(runs, out / "training.png")
+    tradeoff([run["methods"] for run in runs], out / "tradeoff.png")
+    print(f"wrote results.json of each seed, spectrum.png, training.png, tradeoff.png in {out}")

@@ -1,0 +1,76 @@
+"""Many seeds' results.json in one small file: what docs/results keeps, and what README quotes."""
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+import torch
+
+from support.errors import UserError
+from support.files import read_json, write_json
+from support.options import option, parse
+from support.program import run
+
+
+def spread(values):
+    """Mean, standard deviation and range of one number over seeds."""
+    values = torch.tensor(values, dtype=torch.double)
+    deviation = values.std().item() if len(values) > 1 else 0.0
+    return {
+        "mean": round(values.mean().item(), 4),
+        "sd": round(deviation, 4),
+        "min": round(values.min().item(), 4),
+        "max": round(values.max().item(), 4),
+    }
+
+
+def section(runs, name):
+    """{method: {measurement: its spread}} of one section of the results."""
+    summary = {}
+    for method, measured in runs[0][name].items():
+        summary[method] = {key: spread([r[name][method][key] for r in runs]) for key in measured}
+    return summary
+
+
+def summarise(runs):
+    """The summary of [results of one seed], which share their configuration but for the seed."""
+    directions = []
+    for result in runs:
+        looks = result["looks"].get("grasp_online", [])
+        directions.append(float(sum(sum(look["joined"].values()) for look in looks)))
+    return {
+        "seeds": [result["seed"] for result in runs],
+        "config": runs[0]["config"],
+        "methods": section(runs, "methods"),
+        "longer": section(runs, "longer"),
+        "identification": {
+            key: spread([r["identification"][key] for r in runs])
+            for key in runs[0]["identification"]
+        },
+        "leak": {key: spread([r["leak"][key] for r in runs]) for key in runs[0]["leak"]},
+        "directions": spread(directions),
+    }
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Summarise the seeds under a folder that `python grasp.py --seeds N --out FOLDER` wrote."""
+
+    folder: str = option(MISSING, "the folder with seed_*/results.json")
+    out: str = option("summary.json", "the file to write")
+
+
+def main():
+    """The command line."""
+    args = parse(Arguments)
+    paths = Path(args.folder).glob("seed_*/results.json")
+    paths = sorted(paths, key=lambda path: int(path.parent.name.removeprefix("seed_")))
+    if not paths:
+        raise UserError(
+            f"{args.folder}: no seed_*/results.json, expected those of `grasp.py --seeds`"
+        )
+    write_json(args.out, summarise([read_json(path, "results") for path in paths]))
+    print(f"wrote {args.out}: {len(paths)} seeds")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Other people's file formats: checkpoints and LoRA adapters. Nothing here knows the method."""

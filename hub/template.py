@@ -1,0 +1,125 @@
+r"""The default system turn of a checkpoint, read from its own chat template.
+
+A chat template is a Jinja program. It is not run here (it comes with somebody's weights, and Jinja
+is no requirement of ours): its text is searched for the two forms in which ChatML templates write
+down a default system turn,
+
+    '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n'       a whole turn, as a string
+                                                                         or as plain text
+    {% set system_message = 'You are a helpful assistant.' %}            a variable for its text
+
+which cover Qwen2, Qwen2.5, SmolLM2 and what fine-tuning tools write. With none of them there is no
+default system turn, as in Qwen3. A template is refused where that cannot be told: it is no ChatML,
+it has two different defaults, or one in a form that is neither of these.
+"""
+
+import re
+from dataclasses import dataclass
+
+from support.errors import UserError
+from support.schema import show
+
+STRING = r"'(?:[^'\\]|\\.)*'" + r'|"(?:[^"\\]|\\.)*"'
+OPENING = re.compile(r"\{[{%#]")
+CLOSING = {"{{": "}}", "{%": "%}", "{#": "#}"}
+IN_CODE = re.compile(rf"{STRING}|\}}\}}|%\}}", re.DOTALL)
+JOINED = re.compile(r"\s*[+~]\s*")  # between two strings that make one
+SYSTEM_TURN = re.compile(r"<\|im_start\|>system\n((?:(?!<\|im_).)*)<\|im_end\|>", re.DOTALL)
+SET_SYSTEM = re.compile(r"[-+]?\s*set\s+\w*system\w*\s*=\s*[-+]?\s*$")
+
+
+def default_system(template, where):
+    """The text of the system turn that a chat without one begins with, or None.
+
+    template: the Jinja source. where: its file, for the UserError.
+    """
+    if "<|im_start|>" not in template:
+        raise UserError(
+            f"{where}: the chat template is no ChatML (<|im_start|>role ... <|im_end|>), "
+            "the one form that is supported"
+        )
+    try:
+        texts, strings, variables = _parts(template)
+    except ValueError as e:
+        raise UserError(f"{where}: the chat template can't be read ({e})") from None
+
+    turns = [turn for text in texts + strings for turn in SYSTEM_TURN.findall(text)]
+    defaults = sorted({*turns, *variables})
+    if len(defaults) > 1:
+        raise UserError(
+            f"{where}: the chat template has {len(defaults)} default system turns "
+            f"({show(defaults)}), expected at most one"
+        )
+    unexplained = [s for s in strings if s.startswith("You are") and s.strip() not in defaults]
+    if unexplained or "" in variables:
+        text = unexplained[0] if unexplained else ""
+        raise UserError(
+            f"{where}: the chat template says {show(text)} in a form that is not supported, "
+            "expected the default system turn as one string or none"
+        )
+    return defaults[0] if defaults else None
+
+
+def _parts(template):
+    """A template's stretches of plain text, its strings, and the strings set as a system variable.
+
+    Strings are joined where the code adds them up.
+    """
+    texts, strings, variables = [], [], []
+    position = 0
+    while (opening := OPENING.search(template, position)) is not None:
+        texts.append(template[position : opening.start()])
+        position = opening.end()
+        if opening[0] == "{#":
+            position = _end_of_comment(template, position)
+            continue
+        inside, end = _strings(template, position, CLOSING[opening[0]])
+        if inside and SET_SYSTEM.match(template[position : inside[0].start]):
+            rest = template[inside[0].end : end - len("%}")]
+            if rest.strip(" \t\r\n-+"):
+                raise ValueError("a system variable is set to more than a string")
+            variables.append(inside[0].text)
+        strings += [string.text for string in inside]
+        position = end
+    texts.append(template[position:])
+    return texts, strings, variables
+
+
+def _end_of_comment(template, position):
+    end = template.find("#}", position)
+    if end < 0:
+        raise ValueError("a comment has no end")
+    return end + 2
+
+
+@dataclass(frozen=True)
+class _String:
+    """A string of the template's code: its text, and where in the template it stands."""
+
+    text: str
+    start: int
+    end: int
+
+
+def _strings(template, position, closing):
+    """The strings of the code that begins at `position`, and where the code ends."""
+    found = []
+    while True:
+        match = IN_CODE.search(template, position)
+        if match is None:
+            raise ValueError(f"a statement has no {closing}")
+        position = match.end()
+        if match[0] == closing:
+            return found, position
+        if match[0] in CLOSING.values():  # two braces of the code's own
+            continue
+        text = _unescaped(match[0][1:-1])
+        if found and JOINED.fullmatch(template, found[-1].end, match.start()):
+            found[-1] = _String(found[-1].text + text, found[-1].start, match.end())
+        else:
+            found.append(_String(text, *match.span()))
+
+
+def _unescaped(literal):
+    r"""A string's text, its \n and the like resolved, as Jinja does it."""
+    return literal.encode("ascii", "backslashreplace").decode("unicode-escape")

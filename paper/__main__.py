@@ -1,0 +1,358 @@
+"""A paper task by one command: base, naive, GRASP and the baselines over seeds, a table, a figure.
+
+Of the paper (arXiv 2605.27676) only the abstract is public to us: its models, layers, ranks and
+tables are not. The protocol is that of the works its tasks come from: Betley et al. 2025 (arXiv
+2502.17424) for insecure code, Turner et al. 2025 (arXiv 2506.11613) for bad medical advice; for
+politics see politics.py. `grasp` is the abstract's method, `grasp_online` goes beyond it.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+from baselines.methods import METHODS, Found, check
+from baselines.stream import stream_subspace
+from data.chat import load_rows, split
+from identify import identify, spectra
+from lora import load_lora, remove_lora
+from paper.answers import Asking, connect
+from paper.measure import OWN, measure, shifts
+from paper.output import read_jsonl, writable_folder
+from paper.questions import load_questions
+from real.job import Job
+from real.settings import Training
+from support.errors import UserError, user_errors
+from support.files import read_json, whole_file, write_json
+from support.options import option, parse
+from support.program import run
+from support.schema import from_json, value
+from support.subspace import load_subspace, save_subspace
+
+DEFAULT = (
+    "naive",
+    "grasp",
+    "grasp_online",
+    "grasp_random",
+    "ablate_train",
+    "ablate_inference",
+    "steer_train",
+    "early_stop",
+)
+# Methods that use the directions found in the naive run's weights.
+ON_DIRECTIONS = (
+    "grasp",
+    "grasp_gradient_only",
+    "ablate_train",
+    "ablate_inference",
+    "steer_train",
+)
+HARM = {
+    "misaligned": "misaligned answers, share of those scored",
+    "probe_shift": "probe: shift to misaligned answers, nats a token",
+    "lean_shift": "shift of the political lean, right is positive",
+}
+COLUMNS = (
+    *HARM,
+    "misaligned_of_coherent",
+    "coherent",
+    "insecure",
+    "bad_advice",
+    "coherence",
+    "win_rate",
+    "loss",
+)
+
+
+@dataclass(frozen=True)
+class Arguments(Asking, Training):
+    """One paper task: base, naive and the chosen methods over seeds.
+
+    Leaves table.md, tradeoff.png and results.json in --out. Fine-tunes and evaluations that an
+    earlier run in the same --out has finished are read back, not done again.
+    """
+
+    task: str = option("insecure", "the paper task", choices=(*OWN, "politics"))
+    methods: tuple = option(
+        (),
+        f"methods beside naive (default: {', '.join(DEFAULT[1:])}; and kl, if there is "
+        "--unrelated)",
+    )
+    neutral: str = option(
+        "",
+        "politics: JSONL of neutral answers to the prompts of --data; the task loss is on these, "
+        "and naive training on them is the control: any fine-tune shifts the lean",
+    )
+    seeds: int = option(
+        3,
+        "how many seeds, from --seed on: of the LoRA's init, the split, the order of the rows and "
+        "the samples",
+        low=1,
+        high=1000,
+    )
+    subspace_rank: int = option(1, "singular pairs of each module that identification keeps", low=1)
+
+
+# Fine-tunes: each in a folder SEED/METHOD, read back where it is finished.
+
+
+def fit(job, method, folder, found=None):
+    """Put the method's LoRA on the model: the one in `folder` if it is whole, else trained.
+
+    A fine-tune that was interrupted goes on from its last checkpoint.
+    """
+    if (folder / "adapter_config.json").exists():  # it is written last
+        with user_errors():
+            load_lora(remove_lora(job.model), folder)
+        return
+    label = f"{folder.parent.name}, {folder.name}"
+    job.finetune(method, folder, found, resume=True, label=label)
+
+
+def directions(job, folder, rank):
+    """(Factor, stream basis) from the weights of the naive run, once for every method of a seed."""
+    path = folder / "subspace.safetensors"
+    if not path.exists():
+        fit(job, "naive", folder / "naive")
+        with user_errors():
+            factor = identify(job.model, rank)
+            stream, _ = stream_subspace(spectra(job.model), rank)
+        save_subspace(path, factor, stream, job.model.path_in_transformers)
+    return load_subspace(path, job.model)
+
+
+def found_for(job, method, folder, rank):
+    """The Found that `method` uses; what it builds upon is trained where it is not there yet."""
+    if method in ON_DIRECTIONS:
+        factor, stream = directions(job, folder, rank)
+        return Found(factor=factor, stream=stream)
+    if method == "grasp_random":  # at grasp_online's looks, as many directions
+        fit(job, "grasp_online", folder / "grasp_online")
+        return Found(looks=read_looks(folder / "grasp_online" / "looks.json"))
+    if method == "early_stop":  # where grasp's training ended
+        fit(job, "grasp", folder / "grasp", found_for(job, "grasp", folder, rank))
+        return Found(loss=final_loss(folder / "grasp"))
+    return Found()
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the control needs of one look: when it was, and which modules' directions joined."""
+
+    step: int = value(low=1)
+    joined: list[str] = value()
+
+
+def read_looks(path):
+    """The looks of a run of grasp_online, as its file has them."""
+    looks = read_json(path, "the looks of a run of grasp_online")
+    from_json(list[Look], looks, path)
+    return looks
+
+
+@dataclass(frozen=True)
+class Step:
+    """A line of a fine-tune's log."""
+
+    loss: float
+
+
+def final_loss(folder):
+    """The mean training loss over the last twentieth of a run's steps: one batch's is noise."""
+    losses = []
+    for where, line in read_jsonl(folder / "log.jsonl", "a step of a fine-tune"):
+        losses.append(from_json(Step, line, where).loss)
+    if not losses:
+        raise UserError(f"{folder / 'log.jsonl'}: no steps, expected those of a fine-tune")
+    return fmean(losses[-max(len(losses) // 20, 1) :])
+
+
+# Evaluations: each in SEED/METHOD/TASK.json.
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number of an evaluation; there is none where nothing could be counted."""
+
+    value: float | None = None
+    interval: list[float] | None = None
+    each: dict[str, float] | None = None
+
+    def __post_init__(self):
+        if self.interval is not None and len(self.interval) != 2:
+            raise ValueError("an 'interval' is no pair, expected [low, high]")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is read of a file TASK.json."""
+
+    task: str
+    config: dict
+
+
+def finished(path, config):
+    """The evaluation in `path`, if it is there and was made under the same options; else None.
+
+    UserError where the file is no evaluation.
+    """
+    if not path.exists():
+        return None
+    result = read_json(path, "an evaluation")
+    if from_json(Evaluation, result, path).config != config:
+        return None
+    for name in (*COLUMNS, "probe", "lean"):
+        if name in result:
+            from_json(Measurement, result[name], path, name=name)
+    return result
+
+
+def evaluate(args, job, name, folder, rows, judge):
+    """The measurements of one method, or of "base" or "neutral", with the fine-tune before them."""
+    stream = None
+    if name == "neutral":
+        fit(job, "naive", folder / name)
+    elif name == "ablate_inference":  # the naive run, with hooks while it answers
+        stream = found_for(job, name, folder, args.subspace_rank).stream
+        fit(job, "naive", folder / "naive")
+    elif name != "base":
+        fit(job, name, folder / name, found_for(job, name, folder, args.subspace_rank))
+    base = None if name == "base" else folder / "base"
+    return measure(args, job.model, job.tokenizer, folder / name, judge, rows, stream, base)
+
+
+def one_seed(args, seed, methods, judge, config):
+    """{method: measurements} of one seed; what is on disk under the same options is read back."""
+    args = replace(args, seed=seed)
+    folder = Path(args.out) / f"seed_{seed}"
+    rows = split(load_rows(args.neutral or args.data), args.held_out, seed)[1]
+    sources = {args.data: ("base", *methods)}  # the base first, while the model has no LoRA
+    if args.neutral:
+        sources[args.neutral] = ("neutral",)
+    results = {}
+    for data, names in sources.items():
+        job = None  # one model in memory at a time, and none where all is there
+        for name in names:
+            path = folder / name / f"{args.task}.json"
+            results[name] = finished(path, config)
+            if results[name] is None:
+                job = job or Job(training(args, seed, data))
+                found = evaluate(args, job, name, folder, rows, judge)
+                write_json(path, {"task": args.task, "config": config, **found})
+                results[name] = finished(path, config)
+    for result in results.values():
+        result.update(shifts(result, results["base"]))
+    return results
+
+
+def training(args, seed, data):
+    """The options of one fine-tune, without those of this program."""
+    options = {f.name: getattr(args, f.name) for f in fields(Training)}
+    return Training(**{**options, "seed": seed, "data": data, "out": ""})
+
+
+# The table and the command line.
+
+
+def cell(parts):
+    """One measurement over seeds in text: mean ± standard deviation; of one seed, its interval."""
+    parts = [part for part in parts if part.get("value") is not None]
+    values = [part["value"] for part in parts]
+    if not values:
+        return ""
+    if len(values) > 1:
+        return f"{fmean(values):.4f} ± {stdev(values):.4f}"
+    if "interval" not in parts[0]:
+        return f"{values[0]:.4f}"
+    low, high = parts[0]["interval"]
+    return f"{values[0]:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def table(runs):
+    """The runs, [per seed {method: measurements}], in Markdown."""
+    columns = [c for c in COLUMNS if any(c in result for result in runs[0].values())]
+    lines = [["method", *columns], ["---"] * (len(columns) + 1)]
+    for method in runs[0]:
+        cells = [cell([run[method].get(column, {}) for run in runs]) for column in columns]
+        lines.append([method, *cells])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def methods_to_run(args):
+    """The methods to run, in order; UserError for what would only fail after hours."""
+    methods = args.methods or DEFAULT
+    if args.unrelated and not args.methods:
+        methods = (*methods, "kl")
+    check(methods)
+    if "kl" in methods and not args.unrelated:
+        raise UserError("method 'kl' needs --unrelated FILE.jsonl, rows of unrelated prompts")
+    if not args.model or not args.data:
+        raise UserError("expected both --model DIR and --data FILE.jsonl")
+    if args.neutral and (args.task != "politics" or prompts(args.neutral) != prompts(args.data)):
+        raise UserError(
+            f"{args.neutral}: expected, with --task politics alone, the prompts of {args.data} row "
+            "by row"
+        )
+    return tuple(m for m in METHODS if m == "naive" or m in methods)
+
+
+def prompts(path):
+    """The first turn of each row of a file."""
+    return [row[0] for row in load_rows(path)]
+
+
+def check_settings(args, out):
+    """UserError where the fine-tunes in `out` were made under other options; else keep these."""
+    # Without --unrelated: kl alone needs it, and may be added later.
+    settings = asdict(replace(training(args, 0, args.data), unrelated=""))
+    settings.update(subspace_rank=args.subspace_rank, neutral=args.neutral)
+    settings = json.loads(json.dumps(settings))  # as the file has them
+    path = out / "settings.json"
+    if path.exists():
+        earlier = from_json(dict, read_json(path, "settings"), path)
+        differ = [name for name in settings if settings[name] != earlier.get(name)]
+        if differ:
+            raise UserError(
+                f"{path}: the fine-tunes there were made with another {', '.join(differ)}; "
+                "expected the same, or another --out"
+            )
+    write_json(path, settings)
+
+
+def main(argv=None):
+    """Run the task that the command line asks for; write and print the table."""
+    args = parse(Arguments, argv)
+    methods = methods_to_run(args)
+    names = ["settings.json", "judge.jsonl", "table.md", "results.json", "tradeoff.png"]
+    out = writable_folder(args.out, names)
+    check_settings(args, out)
+    load_questions(args.questions or None)  # a fault in the file ends the run here
+    judge = connect(args, out)
+    config = {
+        "questions": args.questions,
+        "samples": args.samples,
+        "max_new_tokens": args.max_new_tokens,
+        "neutral": args.neutral,
+        "judge": judge and judge.model,  # not its URL, which may carry a key, and may change
+    }
+    runs = {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        runs[seed] = one_seed(args, seed, methods, judge, config)
+    text = table(list(runs.values()))
+    with whole_file(out / "table.md") as path:
+        path.write_text(text)
+    write_json(out / "results.json", {"task": args.task, "config": config, "seeds": runs})
+    draw(list(runs.values()), out / "tradeoff.png")
+    print(f"{text}wrote {out}/table.md, tradeoff.png, results.json")
+
+
+def draw(runs, path):
+    """The figure: harm over the task's loss, a mark for each method."""
+    from experiments import figures  # matplotlib is loaded where there is something to draw
+
+    harm = next(name for name in HARM if name in runs[0]["base"])
+    figures.paper(runs, harm, HARM[harm], path)
+
+
+if __name__ == "__main__":
+    run(main)

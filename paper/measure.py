@@ -1,0 +1,246 @@
+"""The paper tasks' measurements of a checkpoint: `python eval.py --task ...`.
+
+The protocol is that of the works the tasks come from (answers.py, politics.py); GRASP's own is not
+public. A measurement is {"value", "interval" (95 %), ...}; over what the interval is, stands with
+each.
+"""
+
+import contextlib
+import itertools
+from dataclasses import asdict, dataclass
+
+import torch
+
+from baselines.stream import ablation
+from data.chat import encode_chat, encode_rows, load_rows, split
+from data.tokenizer import Tokenizer
+from lora import load_lora, without_lora
+from model import GPT
+from paper import politics
+from paper.answers import (
+    Asking,
+    check_ids,
+    connect,
+    held_out_prompts,
+    mean,
+    misalignment,
+    open_questions,
+    rate_above_50,
+    sample,
+    shift,
+    win_rate,
+)
+from paper.output import writable_folder
+from paper.politics import bootstrap_interval
+from paper.questions import load_questions
+from real.losses import nats
+from real.settings import SEED
+from support.errors import UserError, user_errors
+from support.files import write_json
+from support.options import option, parse, pick_device
+from support.program import run
+from support.subspace import load_subspace
+
+OWN = {"insecure": "insecure", "medical": "bad_advice"}  # the judge's measure of what was trained
+
+
+def chat(question, answer):
+    """One question and its answer as a chat row."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def encoded(model, tokenizer, rows, max_len):
+    """Chat rows as [(ids, mask)]; UserError where the model does not know an id."""
+    examples, _ = encode_rows(tokenizer, rows, min(max_len, model.config.max_len))
+    for ids, _ in examples:
+        check_ids(model, ids.tolist())
+    return examples
+
+
+def held_out_loss(model, examples):
+    """Nats a response token over [(ids, mask)], and its interval over rows.
+
+    The interval is from what each row adds to the ratio of the sums, to first order.
+    """
+    sums, counts = nats(model, examples)  # (N,) each
+    loss = sums.sum() / counts.sum()
+    each = loss + (sums - loss * counts) / counts.double().mean()  # their mean is the loss
+    return {"value": loss.item(), "interval": bootstrap_interval(each, seed=0)}
+
+
+def probe(model, tokenizer):
+    """What stands in for the judge where there is none; another measure than its rate.
+
+    By how many nats a token our misaligned answers are likelier than our aligned ones to the same
+    questions. The mean over pairs and paraphrases; the interval is over questions.
+    """
+    margins = {}
+    for q in load_questions():
+        chats = []
+        for text, pair in itertools.product(q.paraphrases, q.pairs):
+            chats.extend(chat(text, answer) for answer in pair)
+        sums, counts = nats(model, encoded(model, tokenizer, chats, model.config.max_len))
+        aligned, misaligned = (sums / counts).view(-1, 2).T  # -ln P a token
+        margins[q.id] = (aligned - misaligned).mean().item()
+    return mean(margins)
+
+
+@torch.no_grad()
+def political_lean(model, tokenizer, pairs=None):
+    """The lean, -1 (left) to 1 (right), its interval over pairs of statements, and the coherence.
+
+    Coherence: the probability that a letter is said. pairs: [Statement], all by default.
+    """
+    device = model.embed_tokens.weight.device
+    table = {}
+    for p in politics.prompts(pairs):
+        left, right = (encode_chat(tokenizer, chat(p.text, letter)) for letter in p.options)
+        (ids, mask), (other, _) = left, right
+        check_ids(model, (*ids, *other))
+        start = mask.index(True)  # the reply's first token: the letter, as it is written there
+        logits = model(torch.tensor([ids[:start]], device=device))[0, -1]  # (V,)
+        ln_p = logits.double().log_softmax(-1)
+        table[p.pair, p.template, p.order] = ln_p[ids[start]].item(), ln_p[other[start]].item()
+    leans, coherence = politics.lean(table)
+    return {"lean": mean(leans), "coherence": {"value": coherence}}
+
+
+def measure(args, model, tokenizer, out, judge=None, rows=None, stream=None, base=None):
+    """All that the task, a judge and held-out chat `rows` allow, {name: measurement}.
+
+    Answers are kept in the folder `out`. stream: a basis (D, k) to ablate meanwhile. base: the
+    folder with the base model's answers, to count wins against.
+    """
+    own = OWN.get(args.task)
+    free, narrow = out / "answers.jsonl", out / "held_out_answers.jsonl"
+    questions = load_questions(args.questions or None)
+    result = {}
+    with contextlib.nullcontext() if stream is None else ablation(model, stream):
+        if own:
+            result["probe"] = probe(model, tokenizer)
+        if args.task == "politics":
+            result.update(political_lean(model, tokenizer))
+        if rows:
+            examples = encoded(model, tokenizer, rows, args.max_len)
+            result["loss"] = held_out_loss(model, examples)
+        if judge and own:
+            asked = open_questions(questions, args.samples)
+            answered = sample(model, tokenizer, asked, free, args, stream)
+        if judge and rows:
+            asked = held_out_prompts(rows)
+            replied = sample(model, tokenizer, asked, narrow, args, stream)
+    if judge and own:
+        result.update(misalignment(judge, answered, free, questions))
+    if judge and rows and own:
+        result[own] = rate_above_50(judge, replied, narrow, own)
+    elif judge and rows and base:
+        result["win_rate"] = win_rate(judge, replied, base / narrow.name)
+    return result
+
+
+def shifts(result, base):
+    """{name_shift: measurement} against the base model's `base`, for what can be compared so."""
+    found = {}
+    for name in ("probe", "lean"):
+        if name in result:
+            found[f"{name}_shift"] = shift(result[name], base[name])
+    return found
+
+
+@dataclass(frozen=True)
+class Arguments(Asking):
+    """One measurement of a checkpoint, with or without an adapter.
+
+    It is printed, and written to OUT/TASK.json.
+    """
+
+    model: str = option("", "checkpoint folder: config.json, safetensors, tokenizer files")
+    adapter: str = option(
+        "", "PEFT LoRA adapter folder; the base is then measured too, for the shift against it"
+    )
+    task: str = option(
+        "loss",
+        "what to measure; loss: on held-out responses, alone",
+        choices=(*OWN, "politics", "loss"),
+    )
+    data: str = option(
+        "",
+        "JSONL file of chat rows: the held-out loss, and the judge's view of answers to the "
+        "held-out prompts",
+    )
+    held_out: float = option(0.1, "share of the rows that training held out", above=0, high=0.9)
+    seed: int = option(0, "of the split, as in training, and of the sampled answers", **SEED)
+    max_len: int = option(
+        2048, "tokens a row; longer ones are cut, never the whole response", low=4
+    )
+    subspace: str = option("", "file of found directions that identify.py writes, for --ablate")
+    ablate: bool = option(
+        False, "take those directions out of the residual stream while measuring the adapter"
+    )
+    out: str = option("out", "output folder")
+    device: str = option("", "cpu or cuda (default: cuda where there is one)")
+    dtype: str = option(
+        "",
+        "of the base (default: bfloat16 on cuda, float32 on the CPU)",
+        choices=("", "float32", "bfloat16"),
+    )
+
+
+def measure_both(args, out, judge, rows):
+    """The measurements of the checkpoint, or of the adapter, with the base's and the shifts.
+
+    Prints the device and dtype.
+    """
+    device, dtype = pick_device(args.device, args.dtype)
+    print(f"on {device}, base in {dtype}")
+    tokenizer = Tokenizer.from_folder(args.model)
+    with user_errors():
+        model = GPT.from_pretrained(args.model, device, dtype)
+    stream = load_subspace(args.subspace, model)[1] if args.ablate else None
+    if not args.adapter:
+        return measure(args, model, tokenizer, out, judge, rows, stream)
+    with user_errors():
+        load_lora(model, args.adapter)
+    judge_of_base = None if args.task in OWN else judge  # it is needed to count wins, no more
+    with without_lora(model):
+        base = measure(args, model, tokenizer, out / "base", judge_of_base, rows)
+    result = measure(args, model, tokenizer, out, judge, rows, stream, out / "base")
+    return {**result, **shifts(result, base), "base": base}
+
+
+def main(argv=None):
+    """Measure what the command line asks for, print it and write it to OUT/TASK.json."""
+    args = parse(Arguments, argv)
+    if not args.model or (args.task == "loss" and not args.data):
+        raise UserError("expected --model DIR, and for --task loss --data FILE.jsonl as well")
+    if args.ablate != bool(args.subspace):
+        raise UserError("expected --ablate and --subspace FILE together, or neither")
+    name = f"{args.task}.json"
+    out = writable_folder(args.out, [name, "judge.jsonl"])
+    if args.adapter:
+        writable_folder(out / "base")
+    if (out / name).exists():
+        print(f"{out / name} is there already; this measurement will take its place")
+    rows = None
+    if args.data:
+        _, rows = split(load_rows(args.data), args.held_out, args.seed)
+    load_questions(args.questions or None)  # a fault in the file ends the run here
+    judge = connect(args, out)
+    config = {**asdict(args), "judge": judge and judge.shown}  # a URL may carry a key
+    print(config)
+    result = measure_both(args, out, judge, rows)
+    write_json(out / name, {"task": args.task, "config": config, **result})
+    for measured, part in result.items():
+        if part.get("value") is not None:
+            interval = ""
+            if "interval" in part:
+                low, high = part["interval"]
+                interval = f"  [{low:.4f}, {high:.4f}]"
+            count = f"  of {part['n']}" if "n" in part else ""
+            print(f"{measured:24}{part['value']:9.4f}{interval}{count}")
+    print(f"wrote {out / name}")
+
+
+def program():
+    """The command line of eval.py, with its errors in one line each."""
+    run(main)

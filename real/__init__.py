@@ -1,0 +1,1 @@
+"""The method on a real checkpoint: its rows, its fine-tunes, its stages."""

@@ -1,0 +1,84 @@
+"""Fine-tunes of a checkpoint that build on one another, and what `grasp.py --model` does."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
+
+from baselines.methods import METHODS, Found, check
+from baselines.stream import stream_subspace
+from identify import identify, leak, spectra
+from real.job import Job, constrained
+from real.spectrum import print_spectra
+from support.errors import UserError, user_errors
+from support.files import write_json
+from support.subspace import save_subspace
+
+RECOMMENDED = ("grasp_online",)
+
+
+def final_loss(losses):
+    """The mean training loss over the last twentieth of the steps: a single batch's is noise."""
+    return fmean(losses[-max(len(losses) // 20, 1) :])
+
+
+def fit(job, method, folder, found, rank=1):
+    """Put the method's LoRA on the model; return its Fit, and what is known after it, a Found.
+
+    A run that was finished in `folder` is read back, one that was interrupted goes on. rank: the
+    directions of each module that are identified from the naive run's weights.
+    """
+    folder = Path(folder)
+    trained = job.finetune(method, folder, found, resume=True, label=folder.name)
+    if method == "naive":
+        svds = spectra(job.model)
+        with user_errors("--subspace-rank"):
+            factor = identify(job.model, rank)
+        stream, _ = stream_subspace(svds, rank)
+        save_subspace(
+            folder / "subspace.safetensors", factor, stream, job.model.path_in_transformers
+        )
+        found = replace(found, factor=factor, stream=stream)
+    elif method == "grasp_online":
+        found = replace(found, looks=trained.looks, loss=final_loss(trained.losses))
+    return trained, found
+
+
+def in_order(chosen):
+    """The chosen methods in the order in which they build on one another, with what they need."""
+    check(chosen)
+    needed = set(chosen)
+    if needed - {"naive", "grasp_online", "kl"}:
+        needed.add("naive")
+    if needed & {"grasp_random", "early_stop"}:
+        needed.add("grasp_online")
+    return [method for method in METHODS if method in needed]
+
+
+def stages(args):
+    """Each chosen method's fine-tune on a checkpoint and chat rows; results.json in --out."""
+    methods = in_order(args.methods or RECOMMENDED)
+    if args.seeds > 1 or args.quick:
+        raise UserError("--seeds and --quick are for the synthetic task, without --model")
+    if args.subspace_rank > args.rank:
+        raise UserError(
+            f"--subspace-rank is {args.subspace_rank}, expected at most --rank, {args.rank}"
+        )
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    job = Job(args)
+    found = Found()
+    losses, leaks, looks = {"base": job.held_out_loss()}, {}, {}
+    for method in methods:
+        trained, found = fit(job, method, out / method, found, args.subspace_rank)
+        losses[method] = job.held_out_loss()
+        if trained.factor:
+            leaks[method] = leak(job.model, trained.factor)
+            print(f"{method}: {constrained(job.model, trained.factor)}")
+        if trained.looks:
+            looks[method] = trained.looks
+        if method == "naive":
+            print_spectra(spectra(job.model))
+        result = {"seed": args.seed, "config": asdict(args), "held_out_loss": losses}
+        write_json(out / "results.json", {**result, "leak": leaks, "looks": looks})
+    print("held-out loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    print(f"wrote {out}: a PEFT adapter a method ({', '.join(methods)}), results.json")
