@@ -12,15 +12,16 @@ from support.program import run
 
 
 def spread(values):
-    """Mean, standard deviation and range of one number over seeds."""
+    """Mean, standard deviation and range of one number over seeds, to five digits."""
     values = torch.tensor(values, dtype=torch.double)
     deviation = values.std().item() if len(values) > 1 else 0.0
-    return {
-        "mean": round(values.mean().item(), 4),
-        "sd": round(deviation, 4),
-        "min": round(values.min().item(), 4),
-        "max": round(values.max().item(), 4),
+    numbers = {
+        "mean": values.mean().item(),
+        "sd": deviation,
+        "min": values.min().item(),
+        "max": values.max().item(),
     }
+    return {name: float(f"{number:.5g}") for name, number in numbers.items()}
 
 
 def section(runs, name):

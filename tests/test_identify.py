@@ -213,12 +213,14 @@ def test_unrelated_parts_stand_out_no_more_often_than_the_rule_states(shape):
 
 
 @pytest.mark.parametrize("shape", MANY)
-def test_a_planted_shared_direction_is_taken(shape):
-    g = torch.Generator().manual_seed(sum(shape))
-    for _ in range(40):
-        model, u = first_update(shape, g, shared=3.0)
-        U = standing_out(output_spectra(model))["module"]
-        assert (U.T @ u).norm() > 0.9
+def test_a_shared_direction_as_large_as_the_parts_is_taken(shape):
+    g, taken, n = torch.Generator().manual_seed(sum(shape)), [], 40
+    for _ in range(n):
+        model, u = first_update(shape, g, shared=1.0)
+        found = standing_out(output_spectra(model))
+        if found:
+            taken.append((found["module"].T @ u).norm().item())
+    assert len(taken) >= 0.8 * n and min(taken) > 0.85
 
 
 @pytest.mark.parametrize("shape", MANY)
