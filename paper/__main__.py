@@ -20,13 +20,13 @@ from paper.answers import Asking, connect
 from paper.measure import OWN, measure, shifts
 from paper.output import read_jsonl, writable_folder
 from paper.questions import load_questions
-from real.job import Job
+from real.job import Job, read_looks
 from real.settings import Training
 from support.errors import UserError, user_errors
 from support.files import read_json, whole_file, write_json
 from support.options import option, parse
 from support.program import run
-from support.schema import from_json, value
+from support.schema import from_json
 from support.subspace import load_subspace, save_subspace
 
 DEFAULT = (
@@ -128,26 +128,13 @@ def found_for(job, method, folder, rank):
         return Found(factor=factor, stream=stream)
     if method == "grasp_random":  # at grasp_online's looks, as many directions
         fit(job, "grasp_online", folder / "grasp_online")
-        return Found(looks=read_looks(folder / "grasp_online" / "looks.json"))
-    if method == "early_stop":  # where grasp's training ended
-        fit(job, "grasp", folder / "grasp", found_for(job, "grasp", folder, rank))
-        return Found(loss=final_loss(folder / "grasp"))
+        return Found(
+            looks=read_looks(folder / "grasp_online" / "looks.json", remove_lora(job.model))
+        )
+    if method == "early_stop":  # where grasp_online's training ended
+        fit(job, "grasp_online", folder / "grasp_online")
+        return Found(loss=final_loss(folder / "grasp_online"))
     return Found()
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the control needs of one look: when it was, and which modules' directions joined."""
-
-    step: int = value(low=1)
-    joined: list[str] = value()
-
-
-def read_looks(path):
-    """The looks of a run of grasp_online, as its file has them."""
-    looks = read_json(path, "the looks of a run of grasp_online")
-    from_json(list[Look], looks, path)
-    return looks
 
 
 @dataclass(frozen=True)

@@ -300,9 +300,9 @@ def test_the_control_replays_the_looks_of_the_run_that_looks(medical):
     assert {found for method, _, found in seen if method == "grasp_online"} == {program.Found()}
 
 
-def test_early_stop_aims_at_grasps_last_losses(medical):
+def test_early_stop_aims_at_grasp_onlines_last_losses(medical):
     out, _, seen = medical
-    lines = (out / "seed_0" / "grasp" / "log.jsonl").read_text().splitlines()
+    lines = (out / "seed_0" / "grasp_online" / "log.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])["loss"]
     assert [found.loss for method, _, found in seen if method == "early_stop"] == [last]
 
@@ -317,10 +317,14 @@ def test_what_a_method_builds_upon_is_trained_where_it_was_not_asked_for(
     files, tmp_path, monkeypatch
 ):
     seen = watch_finetunes(monkeypatch)
-    results = run(files, "medical", tmp_path, methods="grasp_random,early_stop")
+    length = {"epochs": 3, "max_steps": 12, "rank": 8}  # long enough for a look
+    results = run(files, "medical", tmp_path, methods="grasp_random,early_stop", **length)
     assert list(results["seeds"]["0"]) == ["base", "naive", "grasp_random", "early_stop"]
     trained = [method for method, *_ in seen]
-    assert trained == ["naive", "grasp_online", "grasp_random", "grasp", "early_stop"]
+    assert trained == ["naive", "grasp_online", "grasp_random", "early_stop"]
+    looks = json.loads((tmp_path / "seed_0" / "grasp_online" / "looks.json").read_text())
+    assert [found.looks for method, _, found in seen if method == "grasp_random"] == [looks]
+    assert len(looks) == 1
 
 
 def test_ablation_at_inference_is_of_the_naive_adapter(medical):
@@ -421,17 +425,14 @@ def test_a_file_of_results_is_read_by_its_types(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "5", "[" * 100_000, '{"a": 1' + "0" * 5000])
-def test_settings_and_logs_and_looks_are_read_by_their_types(files, tmp_path, content):
-    for name in ("settings.json", "log.jsonl", "looks.json"):
+def test_settings_and_logs_are_read_by_their_types(files, tmp_path, content):
+    for name in ("settings.json", "log.jsonl"):
         (tmp_path / name).write_text(content)
     args = program.Arguments(model=str(files["model"]), data=str(files["medical"]))
     with pytest.raises(UserError, match="settings.json: "):
         program.check_settings(args, tmp_path)
     with pytest.raises(UserError, match="log.jsonl:1: "):
         program.final_loss(tmp_path)
-    if content != "[]":  # a run that never looked
-        with pytest.raises(UserError, match="looks.json: "):
-            program.read_looks(tmp_path / "looks.json")
 
 
 def test_more_methods_and_seeds_can_be_added_later(files, medical, monkeypatch):
