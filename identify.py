@@ -92,9 +92,9 @@ def spike(S, n=0):
 def null_quantile(rank, alpha=FALSE_POSITIVES):
     """The spike that a look exceeds with probability alpha where nothing is shared (our rule).
 
-    The null: B is the sum of many unrelated parts of like size, seen through a random A. Then its
-    singular values are those of a Gaussian matrix; square, rank x rank, is the case with the widest
-    edge. Over 10,000 draws; docs/theory.md has the derivation.
+    The null: B is the sum of many orthonormal parts, seen through a random A. Its singular values
+    are those of a Gaussian matrix; we draw square ones, the widest in the limit. With few parts, or
+    parts that overlap, the rate is higher (measured up to .1: docs/theory.md, section 8).
     """
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(10_000, rank, rank, generator=generator)
