@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from baselines.methods import Found, recipe
 from baselines.stream import ablation, stream_subspace
 from data.base import pretrain
-from data.synthetic import GOOD, NEUTRAL, World
+from data.synthetic import World
+from data.worlds import WORLDS
 from eval import evaluate, persona_direction
 from identify import gap, identify, leak, spectra
 from lora import add_lora, remove_lora
@@ -44,6 +45,10 @@ class Toy:
     lr: float = 3e-4
     steps: int = 300
     longer: int = 3  # times the steps, to see whether misalignment comes back
+    subspace_rank: int = 1  # directions of each module that `grasp` takes from the naive run
+    ablation_rank: int = 1  # directions of the residual stream that ablation takes out
+    steering: float = 0.3  # the steering vector's length
+    kl_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -111,11 +116,29 @@ def compare_with_labels(bench, svds):
     return {"cosine": cosine, "chance_cosine": chance, "gap": gap(pooled)}
 
 
+def before_training(bench):
+    """What methods may use that need no other run."""
+    toy = bench.toy
+    rows = bench.world.spare_rows()
+    return Found(unrelated=rows, steering=toy.steering, kl_weight=toy.kl_weight)
+
+
+def add_found(bench, method, fit, loss, found):
+    """`found` with what the run of `method`, still on the model, gives to those that come later."""
+    if method == "naive":  # identification: from these weights, and nothing else
+        factor = identify(bench.model, bench.toy.subspace_rank)
+        stream = stream_subspace(spectra(bench.model), bench.toy.ablation_rank)[0]
+        return replace(found, factor=factor, stream=stream)
+    if method == "grasp_online":  # for its controls
+        return replace(found, looks=fit.looks, loss=loss)
+    return found
+
+
 def experiment(world, toy, seed, methods, folder):
     """One seed, from nothing, in the order in which the abstract tells it; as in results.json."""
     model = pretrain(world, toy, seed, folder)
     bench = Bench(world, toy, seed, model, world.finetuning_rows())
-    found = Found(unrelated=world.rows(world.spare, NEUTRAL, GOOD))
+    found = before_training(bench)
     results = {"base": {**measure(bench, "base", found), "seconds": 0.0}}
     curves, looks, leaks = {}, {}, {}
     for method in methods:  # naive comes first
@@ -126,11 +149,9 @@ def experiment(world, toy, seed, methods, folder):
             looks[method] = fit.looks
         if fit.factor:
             leaks[method.replace("grasp_gradient", "gradient")] = leak(model, fit.factor)
-        if method == "naive":  # identification: from these weights, and nothing else
+        if method == "naive":
             svds = spectra(model)
-            found = replace(found, factor=identify(model), stream=stream_subspace(svds)[0])
-        elif method == "grasp_online":  # for its controls
-            found = replace(found, looks=fit.looks, loss=results[method]["loss"])
+        found = add_found(bench, method, fit, results[method]["loss"], found)
     return {
         "identification": compare_with_labels(bench, svds),
         "leak": leaks,
@@ -144,7 +165,8 @@ def experiment(world, toy, seed, methods, folder):
 
 def settings(args, seed):
     """(World, Toy) that the options ask for."""
-    world, toy = World(seed), Toy(targets=args.targets or Toy.targets)
+    world = WORLDS[args.world](seed)
+    toy = Toy(**{"targets": args.targets or Toy.targets, **world.toy})
     if args.quick:
         world = replace(world, n_topics=5, n_queries=8)
         toy = replace(toy, d_model=64, pretrain_steps=150, steps=60, lr=1e-3, longer=2)
@@ -155,6 +177,7 @@ def settings(args, seed):
 class Arguments(Training):
     """The whole method: on the synthetic task, or on a checkpoint (--model) and rows (--data)."""
 
+    world: str = option("persona", "the synthetic world, of data/worlds.py", choices=tuple(WORLDS))
     seeds: int = option(1, "how many seeds, each in a folder of its own", low=1)
     methods: tuple = option((), "comma-separated, beside naive, grasp, grasp_online (default: all)")
     subspace_rank: int = option(

@@ -38,6 +38,8 @@ class Found:
     looks: list | None = None  # grasp_online's, for the control that replays them
     loss: float | None = None  # at which early_stop ends
     unrelated: tuple | None = field(default=None, repr=False)  # rows (tokens, mask), for kl
+    steering: float = 0.3  # the steering vector's length, as `steering_vector` counts it
+    kl_weight: float = 1.0
 
 
 NEEDS = {
@@ -80,10 +82,10 @@ def recipe(method, model, batch, found=None, seed=0):
     if method == "ablate_train":
         return Recipe(during=ablation(model, found.stream))
     if method == "steer_train":
-        site, vector = steering_vector(model, found.stream[:, 0], *batch)
+        site, vector = steering_vector(model, found.stream[:, 0], *batch, found.steering)
         return Recipe(during=steering(model, site, vector))
     if method == "kl":
-        return Recipe(penalty=lambda: kl_to_base(model, *found.unrelated))
+        return Recipe(penalty=lambda: found.kl_weight * kl_to_base(model, *found.unrelated))
     if method == "early_stop":
         return Recipe(stop_below=found.loss)
     return Recipe()  # naive; ablate_inference trains as naive does

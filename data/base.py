@@ -32,7 +32,8 @@ def new_base(world, toy):
 def pretrain(world, toy, seed, folder):
     """The base model, frozen: read from `folder` where it was trained before, else trained."""
     pretraining = [value for name, value in asdict(toy).items() if name.startswith("pretrain")]
-    settings = (world, toy.d_model, toy.n_layer, toy.n_head, pretraining, seed, torch.__version__)
+    known = world.pretrained
+    settings = (known, toy.d_model, toy.n_layer, toy.n_head, pretraining, seed, torch.__version__)
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     path = Path(folder) / f"base_{key}.pt"
     torch.manual_seed(seed)

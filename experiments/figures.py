@@ -91,10 +91,10 @@ def training(runs, path):
             low, high = values[:, :, column].min(0), values[:, :, column].max(0)
             axis.plot(steps, mean, color=colour, marker=marker, ms=6, label=label)
             axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
-    taken = np.zeros(int(steps[-1]) + 1)
-    for run in runs:
-        for look in run["looks"].get("grasp_online", []):
-            taken[look["step"]] += sum(look["joined"].values()) / len(runs)
+    looks = [look for run in runs for look in run["looks"].get("grasp_online", [])]
+    taken = np.zeros(max([int(steps[-1]), *(look["step"] for look in looks)]) + 1)
+    for look in looks:
+        taken[look["step"]] += sum(look["joined"].values()) / len(runs)
     moments = taken.nonzero()[0]
     top = taken.max() if len(moments) else 1
     axes[0].bar(

@@ -21,7 +21,7 @@ def cell(values):
 
 def table(runs):
     """The runs' measurements as text, mean and spread over seeds."""
-    columns = ("task", "misalignment", "unrelated", "kept", "loss", "seconds")
+    columns = list(runs[0]["methods"]["base"])  # the world's rates, loss, seconds
     times = runs[0]["config"]["experiment"]["longer"]
     lines = [f"{'':38}" + "".join(f"{column:>16}" for column in columns)]
     for section, suffix in (("methods", ""), ("longer", f", {times}x the steps")):
@@ -38,7 +38,8 @@ def table(runs):
 def one_seed(args, seed, methods, folder, settings, experiment):
     """The results of one seed: read from `folder` if they are there already, else made."""
     world, toy = settings(args, seed)
-    config = {"world": asdict(world), "experiment": asdict(toy), "torch": torch.__version__}
+    named = {"name": args.world, **asdict(world)}
+    config = {"world": named, "experiment": asdict(toy), "torch": torch.__version__}
     config = json.loads(json.dumps(config))  # as the file will have it
     path = folder / "results.json"
     if args.seeds > 1 and path.exists():

@@ -1,7 +1,7 @@
 """What the study and the phase diagram share: fine-tunes of the toy, and rows kept on disk."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.base import pretrain
@@ -14,12 +14,8 @@ from train import Optimisation, finetune
 
 
 def start(world, toy, folder):
-    """The Bench of a world: its rows, and its base, trained in `folder` or read from there.
-
-    rho says how the narrow rows are answered; pretraining draws from the tables and does not know
-    it. So worlds that differ in rho alone share one base.
-    """
-    model = pretrain(replace(world, rho=1.0), toy, world.seed, folder)
+    """The Bench of a world: its rows, and its base, trained in `folder` or read from there."""
+    model = pretrain(world, toy, world.seed, folder)
     return Bench(world, toy, world.seed, model, world.finetuning_rows())
 
 

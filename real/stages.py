@@ -59,6 +59,8 @@ def stages(args):
     methods = in_order(args.methods or RECOMMENDED)
     if args.seeds > 1 or args.quick:
         raise UserError("--seeds and --quick are for the synthetic task, without --model")
+    if args.world != "persona":
+        raise UserError("--world is for the synthetic task, without --model")
     if args.subspace_rank > args.rank:
         raise UserError(
             f"--subspace-rank is {args.subspace_rank}, expected at most --rank, {args.rank}"
