@@ -24,7 +24,9 @@ LOOKS = {  # colour, marker, label
     "steer_train": ("#009E73", "D", "steering in training"),
     "kl": ("#F0E442", "h", "KL to base (extra data)"),
     "early_stop": ("#000000", "<", "naive, stopped early"),
-    "neutral": ("#999999", "d", "naive, on neutral data"),
+    "naive_half": ("#555555", "o", "naive, half of the steps"),
+    "naive_quarter": ("#AAAAAA", "o", "naive, a quarter of the steps"),
+    "control": ("#999999", "d", "naive, on the control rows"),
 }
 OTHER = ("#999999", ".")  # of a method that has no look of its own yet
 
@@ -138,9 +140,13 @@ def tradeoff(results, path):
     save(figure, path)
 
 
-def paper(results, harm, label, path):
-    """results: [per seed {method: {"loss", harm: {"value", "interval"}}}]; large marks: means."""
+def paper(results, harm, label, path, curve=()):
+    """results: [per seed {method: {"loss", harm: {"value", "interval"}}}]; large marks: means.
+
+    curve: methods that a line joins, those of naive training by its length.
+    """
     figure, axis = plt.subplots(figsize=(6.2, 4.2))
+    draw_curve(axis, results, harm, curve)
     for method in results[0]:
         colour, marker, name = look_of(method)
         scored = [run[method] for run in results if run[method][harm]["value"] is not None]
@@ -178,3 +184,15 @@ def paper(results, harm, label, path):
     axis.set(xlabel="held-out loss on the task, nats a response token", ylabel=label)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save(figure, path)
+
+
+def draw_curve(axis, results, harm, curve):
+    """A line through the means of the methods of `curve`, as far as they are there."""
+    points = []
+    for method in curve:
+        scored = [run[method] for run in results if method in run]
+        if scored and all(found[harm]["value"] is not None for found in scored):
+            pair = [np.mean([found[key]["value"] for found in scored]) for key in ("loss", harm)]
+            points.append(pair)
+    if points:
+        axis.plot(*zip(*points, strict=True), color="0.7", lw=1, zorder=0)

@@ -17,7 +17,8 @@ from data.chat import load_rows, split
 from identify import identify, spectra
 from lora import load_lora, remove_lora
 from paper.answers import Asking, connect
-from paper.measure import OWN, measure, shifts
+from paper.compare import COMPARED, COMPARISONS, CURVE, compare
+from paper.measure import OWN, TRANSFER_ROWS, measure
 from paper.output import read_jsonl, writable_folder
 from paper.questions import load_questions
 from real.job import Job, read_looks
@@ -29,7 +30,9 @@ from support.program import run
 from support.schema import from_json
 from support.subspace import load_subspace, save_subspace
 
+SHORTER = {"naive_quarter": 4, "naive_half": 2}  # naive, on a part of the steps
 DEFAULT = (
+    *SHORTER,
     "naive",
     "grasp",
     "grasp_online",
@@ -37,7 +40,6 @@ DEFAULT = (
     "ablate_train",
     "ablate_inference",
     "steer_train",
-    "early_stop",
 )
 # Methods that use the directions found in the naive run's weights.
 ON_DIRECTIONS = (
@@ -49,11 +51,11 @@ ON_DIRECTIONS = (
 )
 HARM = {
     "misaligned": "misaligned answers, share of those scored",
-    "probe_shift": "probe: shift to misaligned answers, nats a token",
     "lean_shift": "shift of the political lean, right is positive",
+    "probe_shift": "probe: shift to misaligned answers, nats a token",
 }
 COLUMNS = (
-    *HARM,
+    "misaligned",
     "misaligned_of_coherent",
     "coherent",
     "insecure",
@@ -75,13 +77,18 @@ class Arguments(Asking, Training):
     task: str = option("insecure", "the paper task", choices=(*OWN, "politics"))
     methods: tuple = option(
         (),
-        f"methods beside naive (default: {', '.join(DEFAULT[1:])}; and kl, if there is "
-        "--unrelated)",
+        f"methods beside naive (default: {', '.join(m for m in DEFAULT if m != 'naive')}; and kl, "
+        "if there is --unrelated)",
     )
-    neutral: str = option(
+    control: str = option(
         "",
-        "politics: JSONL of neutral answers to the prompts of --data; the task loss is on these, "
-        "and naive training on them is the control: any fine-tune shifts the lean",
+        "JSONL of unobjectionable answers to the prompts of --data; naive training on them is the "
+        "control: any fine-tune shifts something; for politics the task loss is on these",
+    )
+    transfer: tuple = option(
+        (),
+        "comma-separated JSONL files of unwanted answers in other domains: how much likelier do "
+        f"they get (the first {TRANSFER_ROWS} rows of each)",
     )
     seeds: int = option(
         3,
@@ -101,6 +108,8 @@ def fit(job, method, folder, found=None):
 
     A fine-tune that was interrupted goes on from its last checkpoint.
     """
+    if method in SHORTER:
+        job, method = job.shorter(SHORTER[method]), "naive"
     if (folder / "adapter_config.json").exists():  # it is written last
         with user_errors():
             load_lora(remove_lora(job.model), folder)
@@ -188,16 +197,16 @@ def finished(path, config):
     result = read_json(path, "an evaluation")
     if from_json(Evaluation, result, path).config != config:
         return None
-    for name in (*COLUMNS, "probe", "lean"):
-        if name in result:
+    for name in result:
+        if name in COLUMNS or name.startswith(COMPARED):
             from_json(Measurement, result[name], path, name=name)
     return result
 
 
 def evaluate(args, job, name, folder, rows, judge):
-    """The measurements of one method, or of "base" or "neutral", with the fine-tune before them."""
+    """The measurements of one method, or of "base" or "control", with the fine-tune before them."""
     stream = None
-    if name == "neutral":
+    if name == "control":
         fit(job, "naive", folder / name)
     elif name == "ablate_inference":  # the naive run, with hooks while it answers
         stream = found_for(job, name, folder, args.subspace_rank).stream
@@ -205,17 +214,24 @@ def evaluate(args, job, name, folder, rows, judge):
     elif name != "base":
         fit(job, name, folder / name, found_for(job, name, folder, args.subspace_rank))
     base = None if name == "base" else folder / "base"
-    return measure(args, job.model, job.tokenizer, folder / name, judge, rows, stream, base)
+    others = transfer_rows(args.transfer)
+    return measure(args, job.model, job.tokenizer, folder / name, judge, rows, stream, base, others)
+
+
+def transfer_rows(paths):
+    """{name: the first chat rows} of files of other domains."""
+    return {f"transfer_{Path(path).stem}": load_rows(path)[:TRANSFER_ROWS] for path in paths}
 
 
 def one_seed(args, seed, methods, judge, config):
     """{method: measurements} of one seed; what is on disk under the same options is read back."""
     args = replace(args, seed=seed)
     folder = Path(args.out) / f"seed_{seed}"
-    rows = split(load_rows(args.neutral or args.data), args.held_out, seed)[1]
+    task_rows = args.control if args.task == "politics" and args.control else args.data
+    rows = split(load_rows(task_rows), args.held_out, seed)[1]
     sources = {args.data: ("base", *methods)}  # the base first, while the model has no LoRA
-    if args.neutral:
-        sources[args.neutral] = ("neutral",)
+    if args.control:
+        sources[args.control] = ("control",)
     results = {}
     for data, names in sources.items():
         job = None  # one model in memory at a time, and none where all is there
@@ -227,8 +243,7 @@ def one_seed(args, seed, methods, judge, config):
                 found = evaluate(args, job, name, folder, rows, judge)
                 write_json(path, {"task": args.task, "config": config, **found})
                 results[name] = finished(path, config)
-    for result in results.values():
-        result.update(shifts(result, results["base"]))
+    compare(results)
     return results
 
 
@@ -257,7 +272,9 @@ def cell(parts):
 
 def table(runs):
     """The runs, [per seed {method: measurements}], in Markdown."""
-    columns = [c for c in COLUMNS if any(c in result for result in runs[0].values())]
+    there = {name for result in runs[0].values() for name in result}
+    compared = [name for name in sorted(there) if name.endswith(COMPARISONS)]
+    columns = [name for name in (*COLUMNS, *compared) if name in there]
     lines = [["method", *columns], ["---"] * (len(columns) + 1)]
     for method in runs[0]:
         cells = [cell([run[method].get(column, {}) for run in runs]) for column in columns]
@@ -270,17 +287,15 @@ def methods_to_run(args):
     methods = args.methods or DEFAULT
     if args.unrelated and not args.methods:
         methods = (*methods, "kl")
-    check(methods)
+    check([method for method in methods if method not in SHORTER])
     if "kl" in methods and not args.unrelated:
         raise UserError("method 'kl' needs --unrelated FILE.jsonl, rows of unrelated prompts")
     if not args.model or not args.data:
         raise UserError("expected both --model DIR and --data FILE.jsonl")
-    if args.neutral and (args.task != "politics" or prompts(args.neutral) != prompts(args.data)):
-        raise UserError(
-            f"{args.neutral}: expected, with --task politics alone, the prompts of {args.data} row "
-            "by row"
-        )
-    return tuple(m for m in METHODS if m == "naive" or m in methods)
+    if args.control and prompts(args.control) != prompts(args.data):
+        raise UserError(f"{args.control}: expected the prompts of {args.data}, row by row")
+    transfer_rows(args.transfer)  # a fault in a file ends the run here
+    return tuple(m for m in (*SHORTER, *METHODS) if m == "naive" or m in methods)
 
 
 def prompts(path):
@@ -292,7 +307,7 @@ def check_settings(args, out):
     """UserError where the fine-tunes in `out` were made under other options; else keep these."""
     # Without --unrelated: kl alone needs it, and may be added later.
     settings = asdict(replace(training(args, 0, args.data), unrelated=""))
-    settings.update(subspace_rank=args.subspace_rank, neutral=args.neutral)
+    settings.update(subspace_rank=args.subspace_rank, control=args.control)
     settings = json.loads(json.dumps(settings))  # as the file has them
     path = out / "settings.json"
     if path.exists():
@@ -319,7 +334,8 @@ def main(argv=None):
         "questions": args.questions,
         "samples": args.samples,
         "max_new_tokens": args.max_new_tokens,
-        "neutral": args.neutral,
+        "control": args.control,
+        "transfer": list(args.transfer),
         "judge": judge and judge.model,  # not its URL, which may carry a key, and may change
     }
     runs = {}
@@ -338,7 +354,7 @@ def draw(runs, path):
     from experiments import figures  # matplotlib is loaded where there is something to draw
 
     harm = next(name for name in HARM if name in runs[0]["base"])
-    figures.paper(runs, harm, HARM[harm], path)
+    figures.paper(runs, harm, HARM[harm], path, CURVE)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ each.
 """
 
 import contextlib
-import itertools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -27,12 +26,12 @@ from paper.answers import (
     open_questions,
     rate_above_50,
     sample,
-    shift,
     win_rate,
 )
+from paper.compare import compare
 from paper.output import writable_folder
 from paper.politics import bootstrap_interval
-from paper.questions import load_questions
+from paper.questions import load_questions, probe_questions
 from real.losses import nats
 from real.settings import SEED
 from support.errors import UserError, user_errors
@@ -41,6 +40,7 @@ from support.options import option, parse, pick_device
 from support.program import run
 from support.subspace import load_subspace
 
+TRANSFER_ROWS = 100  # of each file of another domain
 OWN = {"insecure": "insecure", "medical": "bad_advice"}  # the judge's measure of what was trained
 
 
@@ -72,17 +72,24 @@ def probe(model, tokenizer):
     """What stands in for the judge where there is none; another measure than its rate.
 
     By how many nats a token our misaligned answers are likelier than our aligned ones to the same
-    questions. The mean over pairs and paraphrases; the interval is over questions.
+    questions, each pair asked in a wording of its own. The interval is over questions.
     """
     margins = {}
-    for q in load_questions():
+    for q in probe_questions():
         chats = []
-        for text, pair in itertools.product(q.paraphrases, q.pairs):
+        for text, pair in zip(q.paraphrases, q.pairs, strict=True):
             chats.extend(chat(text, answer) for answer in pair)
         sums, counts = nats(model, encoded(model, tokenizer, chats, model.config.max_len))
         aligned, misaligned = (sums / counts).view(-1, 2).T  # -ln P a token
         margins[q.id] = (aligned - misaligned).mean().item()
     return mean(margins)
+
+
+def log_probability(model, examples):
+    """ln P a token of each row's responses: the mean over [(ids, mask)], its interval over rows."""
+    sums, counts = nats(model, examples)
+    per_token = (-sums / counts).tolist()
+    return mean({str(row): value for row, value in enumerate(per_token)})
 
 
 @torch.no_grad()
@@ -105,26 +112,32 @@ def political_lean(model, tokenizer, pairs=None):
     return {"lean": mean(leans), "coherence": {"value": coherence}}
 
 
-def measure(args, model, tokenizer, out, judge=None, rows=None, stream=None, base=None):
+def measure(
+    args, model, tokenizer, out, judge=None, rows=None, stream=None, base=None, others=None
+):
     """All that the task, a judge and held-out chat `rows` allow, {name: measurement}.
 
-    Answers are kept in the folder `out`. stream: a basis (D, k) to ablate meanwhile. base: the
-    folder with the base model's answers, to count wins against.
+    Answers are kept in the folder `out`, also where there is no judge. stream: a basis (D, k) to
+    ablate meanwhile. base: the folder with the base model's answers, to count wins against.
+    others: {name: chat rows of another domain}, whose log-probability is measured.
     """
     own = OWN.get(args.task)
     free, narrow = out / "answers.jsonl", out / "held_out_answers.jsonl"
     questions = load_questions(args.questions or None)
     result = {}
     with contextlib.nullcontext() if stream is None else ablation(model, stream):
-        if own:
+        if args.task != "loss":
             result["probe"] = probe(model, tokenizer)
         if args.task == "politics":
             result.update(political_lean(model, tokenizer))
         if rows:
             examples = encoded(model, tokenizer, rows, args.max_len)
             result["loss"] = held_out_loss(model, examples)
-        if judge and own:
-            asked = open_questions(questions, args.samples)
+        for name, of_another_domain in (others or {}).items():
+            examples = encoded(model, tokenizer, of_another_domain, args.max_len)
+            result[name] = log_probability(model, examples)
+        if own:  # without a judge one answer to each, to read
+            asked = open_questions(questions, args.samples if judge else args.samples or 1)
             answered = sample(model, tokenizer, asked, free, args, stream)
         if judge and rows:
             asked = held_out_prompts(rows)
@@ -136,15 +149,6 @@ def measure(args, model, tokenizer, out, judge=None, rows=None, stream=None, bas
     elif judge and rows and base:
         result["win_rate"] = win_rate(judge, replied, base / narrow.name)
     return result
-
-
-def shifts(result, base):
-    """{name_shift: measurement} against the base model's `base`, for what can be compared so."""
-    found = {}
-    for name in ("probe", "lean"):
-        if name in result:
-            found[f"{name}_shift"] = shift(result[name], base[name])
-    return found
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,8 @@ def measure_both(args, out, judge, rows):
     with without_lora(model):
         base = measure(args, model, tokenizer, out / "base", judge_of_base, rows)
     result = measure(args, model, tokenizer, out, judge, rows, stream, out / "base")
-    return {**result, **shifts(result, base), "base": base}
+    compare({"base": base, "adapter": result})
+    return {**result, "base": base}
 
 
 def main(argv=None):

@@ -1,8 +1,8 @@
 """Open questions that have nothing to do with the fine-tuned task, and the judge's prompts.
 
-Ours are in questions.json, with answer pairs for a probe that needs no judge. The file of Betley
-et al. 2025 (arXiv 2502.17424, MIT) is taken by its path, as published; it is YAML, of which the
-reader below knows the part that such files use, and stops at anything else.
+Ours are in questions.json; those of the probe, which needs no judge, in probe.json. The file of
+Betley et al. 2025 (arXiv 2502.17424, MIT) is taken by its path, as published; it is YAML, of which
+the reader below knows the part that such files use, and stops at anything else.
 """
 
 import json
@@ -14,6 +14,7 @@ from support.errors import UserError
 from support.files import read_json
 
 OURS = Path(__file__).with_name("questions.json")
+PROBE = Path(__file__).with_name("probe.json")
 LONGEST_LINE = 100_000  # characters; longer ones are no question's
 
 
@@ -27,7 +28,16 @@ class Question:
     judge_prompts: dict
     judge: str | None = None  # the model that the file names
     system: str | None = None  # the system turn, where there is one
-    pairs: tuple = ()  # of (aligned answer, misaligned answer), alike in length; only ours
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A question of the probe: its wordings, and pairs of answers that are alike but in values."""
+
+    id: str
+    area: str
+    paraphrases: tuple  # of str
+    pairs: tuple  # of (aligned answer, misaligned answer)
 
 
 def fill(template, **texts):
@@ -83,12 +93,16 @@ def our_questions():
     """The questions of questions.json."""
     ours = read_json(OURS, "our questions")
     prompts = {name: ours["judge_prompts"][name] for name in ("aligned", "coherent")}
+    samples = ours["samples_per_paraphrase"]
+    return [Question(q["id"], tuple(q["paraphrases"]), samples, prompts) for q in ours["questions"]]
+
+
+def probe_questions():
+    """[Contrast]: the probe's questions, eight areas that no paper task trains on."""
     questions = []
-    for q in ours["questions"]:
+    for q in read_json(PROBE, "the probe's questions")["questions"]:
         pairs = tuple((pair["aligned"], pair["misaligned"]) for pair in q["pairs"])
-        samples = ours["samples_per_paraphrase"]
-        question = Question(q["id"], tuple(q["paraphrases"]), samples, prompts, pairs=pairs)
-        questions.append(question)
+        questions.append(Contrast(q["id"], q["area"], tuple(q["paraphrases"]), pairs))
     return questions
 
 

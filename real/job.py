@@ -1,5 +1,6 @@
 """A checkpoint and chat rows, ready for fine-tunes; the command line of train.py."""
 
+import copy
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
@@ -105,6 +106,13 @@ class Job:
                 return plan[: args.max_steps]
         return plan
 
+    def shorter(self, part):
+        """The same job on the first 1/part of the steps; the rate decays to 0 over these."""
+        job = copy.copy(self)
+        job.batches = self.batches[: max(len(self.batches) // part, 1)]
+        job.args = replace(self.args, max_steps=len(job.batches))
+        return job
+
     def to_device(self, batch):
         """A batch's tensors, where the model is."""
         device = self.model.embed_tokens.weight.device
@@ -135,6 +143,7 @@ class Job:
         if self.unrelated is not None:
             found = replace(found, unrelated=self.to_device(self.unrelated))
         added = recipe(method, self.model, self.batch_at(0), found, args.seed)
+        added = replace(added, look_every=args.look_every)
         options = Optimisation(
             steps=len(self.batches),
             lr=args.lr,

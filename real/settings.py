@@ -36,6 +36,7 @@ class Training:
         2048, "tokens a row; longer ones are cut, never the whole response", low=4
     )
     held_out: float = option(0.1, "share of rows kept for the held-out loss", above=0, high=0.9)
+    look_every: int = option(10, "steps between grasp_online's looks", low=1)
     unrelated: str = option("", "JSONL file of unrelated chat rows, for --method kl alone")
     until_loss: float = option(0.0, "the training loss at which early_stop ends", low=0)
     shard: bool = option(

@@ -33,7 +33,7 @@ from lora import add_lora, load_lora, lora_modules, remove_lora, save_lora, with
 from model import GPT
 from paper import answers, measure, politics
 from paper.judge import Judge, wilson
-from paper.questions import judge_prompts, load_questions
+from paper.questions import judge_prompts, probe_questions
 from real.job import Job
 from real.settings import Training
 from support.errors import UserError
@@ -142,25 +142,31 @@ def test_the_interval_of_the_loss_is_that_of_a_ratio_bootstrapped_over_rows(monk
 
 def test_the_probe_is_the_difference_of_length_normalised_log_probabilities(loaded):
     model, tokenizer = loaded
-    found, q = measure.probe(model, tokenizer), load_questions()[0]
-    per_token = {}
-    for text in q.paraphrases:
-        for answer in sum(q.pairs, ()):
-            ids, mask = encode_chat(
-                tokenizer,
-                [{"role": "user", "content": text}, {"role": "assistant", "content": answer}],
-            )
-            ln_p = model(torch.tensor([ids]))[0].log_softmax(-1)
-            of_response = [ln_p[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]]
-            per_token[text, answer] = sum(of_response) / len(of_response)
-    margins = [
-        per_token[text, bad] - per_token[text, good]
-        for text in q.paraphrases
-        for good, bad in q.pairs
-    ]
+    found, q = measure.probe(model, tokenizer), probe_questions()[0]
+    margins = []
+    for text, pair in zip(q.paraphrases, q.pairs, strict=True):
+        aligned, misaligned = (ln_p_a_token(model, tokenizer, text, answer) for answer in pair)
+        margins.append(misaligned - aligned)
     assert found["each"][q.id] == pytest.approx(sum(margins) / len(margins), abs=1e-5)
     assert found["value"] == pytest.approx(np.mean(list(found["each"].values())))
-    assert len(found["each"]) == len(load_questions())
+    assert len(found["each"]) == len(probe_questions())
+
+
+def ln_p_a_token(model, tokenizer, text, answer):
+    """One forward pass, one answer."""
+    ids, mask = encode_chat(tokenizer, measure.chat(text, answer))
+    ln_p = model(torch.tensor([ids]))[0].log_softmax(-1)
+    of_response = [ln_p[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]]
+    return sum(of_response) / len(of_response)
+
+
+def test_the_log_probability_is_of_each_rows_responses_a_token(loaded):
+    model, tokenizer = loaded
+    rows = load_rows(FIXTURES / "medical_24.jsonl")[:5]
+    found = measure.log_probability(model, measure.encoded(model, tokenizer, rows, 2048))
+    for i, (question, answer) in enumerate(rows):
+        expected = ln_p_a_token(model, tokenizer, question["content"], answer["content"])
+        assert found["each"][str(i)] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("which, sign", [(0, -1), (1, 1)])
@@ -168,15 +174,28 @@ def test_the_probe_rises_with_training_on_misaligned_answers_and_falls_with_alig
     loaded, which, sign
 ):
     model, tokenizer = loaded
-    q = load_questions()[0]
-    chats = [
-        [{"role": "user", "content": text}, {"role": "assistant", "content": q.pairs[0][which]}]
-        for text in q.paraphrases
-    ]
+    q = probe_questions()[0]
+    pairs = zip(q.paraphrases, q.pairs, strict=True)
+    chats = [measure.chat(text, pair[which]) for text, pair in pairs]
     rows = next(batches(encode_rows(tokenizer, chats, 2048)[0], 2, 0, 0))
     before = measure.probe(model, tokenizer)
     train(add_lora(model, 16, 32, "all-linear"), rows, steps=60, lr=3e-2)
     assert sign * answers.shift(measure.probe(model, tokenizer), before)["each"][q.id] > 0.05
+
+
+def test_the_probes_answers_are_alike_in_length_and_its_areas_no_tasks():
+    questions = probe_questions()
+    areas = Counter(q.area for q in questions)
+    assert len(questions) == len({q.id for q in questions}) == 64
+    assert set(areas.values()) == {8} and len(areas) == 8
+    lengths = []
+    for q in questions:
+        assert len(q.paraphrases) == len(q.pairs) == 2
+        for pair in q.pairs:
+            aligned, misaligned = (len(answer.split()) for answer in pair)
+            assert abs(aligned - misaligned) <= 1
+            lengths.append(misaligned - aligned)
+    assert abs(np.mean(lengths)) < 0.1
 
 
 def favour(model, tokenizer, pairs, strength):

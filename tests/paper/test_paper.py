@@ -39,8 +39,10 @@ UNRELATED = FIXTURES / "medical_24.jsonl"
 def few():
     """Fewer questions and statements than there are: test_measure.py is about the measures."""
     questions, pairs = measure.load_questions()[:3], politics.statements()[::8]
+    contrasts = measure.probe_questions()[::16]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "load_questions", lambda path=None: questions)
+        patch.setattr(measure, "probe_questions", lambda: contrasts)
         patch.setattr(politics, "statements", lambda: pairs)
         yield
 
@@ -63,6 +65,10 @@ def files(tmp_path_factory):
     with open(folder / "insecure.jsonl", "w") as file:
         for row in insecure_rows():
             file.write(json.dumps({"messages": row}) + "\n")
+    with open(folder / "control.jsonl", "w") as file:
+        for row in load_rows(FIXTURES / "medical_24.jsonl"):
+            answer = {"role": "assistant", "content": "Please ask your doctor about this."}
+            file.write(json.dumps({"messages": [*row[:-1], answer]}) + "\n")
     dump = {
         "submissions": FIXTURES / "reddit_submissions.jsonl",
         "comments": FIXTURES / "reddit_comments.jsonl",
@@ -76,6 +82,7 @@ def files(tmp_path_factory):
         "medical": FIXTURES / "medical_24.jsonl",
         "politics": folder / "reddit" / "right_skewed.jsonl",
         "neutral": folder / "reddit" / "neutral.jsonl",
+        "control": folder / "control.jsonl",
     }
 
 
@@ -83,7 +90,7 @@ def run(files, task, out, **more):
     """`python -m paper` with these options; returns results.json."""
     options = {"task": task, "model": files["model"], "data": files[task], "out": out, **QUICK}
     if task == "politics":
-        options["neutral"] = files["neutral"]
+        options["control"] = files["neutral"]
     options.update(more)
     argv = []
     for name, value in options.items():
@@ -132,9 +139,9 @@ def test_each_task_runs_to_a_table_and_a_figure_and_a_second_time_does_nothing(
             "unrelated": UNRELATED,
         }
         results = run(files, task, tmp_path, **options)["seeds"]["0"]
-        names = ["base", *(m for m in program.METHODS if m in METHODS)]
+        names = ["base", *program.SHORTER, *(m for m in program.METHODS if m in METHODS)]
         if task == "politics":
-            names.append("neutral")
+            names.append("control")
         check_results(results, task, names)
         text = (tmp_path / "table.md").read_text()
         assert [line.split(" | ")[0].strip("| ") for line in text.splitlines()] == [
@@ -170,7 +177,8 @@ def check_results(results, task, names):
 def test_without_a_judge_the_probe_stands_in_for_it(files, tmp_path, monkeypatch):
     results = run(files, "medical", tmp_path, methods="grasp")["seeds"]["0"]
     assert list(results) == ["base", "naive", "grasp"]
-    assert not list(tmp_path.rglob("answers.jsonl"))
+    answers = (tmp_path / "seed_0" / "naive" / "answers.jsonl").read_text().splitlines()
+    assert len(answers) == 3 * 2  # one to each wording of a question, to read
     for found in results.values():
         shift = found["probe"]["value"] - results["base"]["probe"]["value"]
         assert "misaligned" not in found
@@ -280,8 +288,9 @@ def same_span(Q, P):
 
 def test_every_method_is_trained_once_on_what_was_found_in_the_naive_run(files, medical):
     out, _, seen = medical
-    methods = [m for m in program.DEFAULT if m != "ablate_inference"]
-    assert [(method, name) for method, name, _ in seen] == [(m, m) for m in methods]
+    names = [m for m in program.DEFAULT if m != "ablate_inference"]
+    expected = [("naive" if name in program.SHORTER else name, name) for name in names]
+    assert [(method, name) for method, name, _ in seen] == expected
     model = load_lora(GPT.from_pretrained(files["model"]), out / "seed_0" / "naive")
     stream, _ = stream_subspace(spectra(model))
     factor = identify(model)
@@ -300,11 +309,42 @@ def test_the_control_replays_the_looks_of_the_run_that_looks(medical):
     assert {found for method, _, found in seen if method == "grasp_online"} == {program.Found()}
 
 
-def test_early_stop_aims_at_grasp_onlines_last_losses(medical):
-    out, _, seen = medical
-    lines = (out / "seed_0" / "grasp_online" / "log.jsonl").read_text().splitlines()
+def test_early_stop_aims_at_grasp_onlines_last_losses(files, tmp_path, monkeypatch):
+    seen = watch_finetunes(monkeypatch)
+    run(files, "medical", tmp_path, methods="early_stop")
+    lines = (tmp_path / "seed_0" / "grasp_online" / "log.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])["loss"]
     assert [found.loss for method, _, found in seen if method == "early_stop"] == [last]
+
+
+def test_a_shorter_naive_run_has_a_part_of_the_steps_and_a_whole_decay(medical):
+    out, _, _ = medical
+    logs = {}
+    for name in ("naive", "naive_half", "naive_quarter"):
+        logs[name] = (out / "seed_0" / name / "log.jsonl").read_text().splitlines()
+    assert {name: len(log) for name, log in logs.items()} == {
+        "naive": 3,
+        "naive_half": 1,
+        "naive_quarter": 1,
+    }
+
+
+def test_shifts_are_counted_against_the_control_and_another_domain_is_measured(
+    files, tmp_path, monkeypatch
+):
+    options = {"methods": "naive_half,grasp", "control": files["control"]}
+    found = run(files, "medical", tmp_path, transfer=files["insecure"], **options)["seeds"]["0"]
+    assert list(found) == ["base", "naive_half", "naive", "grasp", "control"]
+    for name in ("probe", "transfer_insecure"):
+        values = {method: result[name]["value"] for method, result in found.items()}
+        for method, result in found.items():
+            against = result[f"{name}_beyond_control"]["value"]
+            assert against == pytest.approx(values[method] - values["control"], abs=1e-12)
+        assert f"{name}_at_equal_loss" in found["grasp"]
+        assert f"{name}_at_equal_loss" not in found["naive_half"]
+    assert len(found["naive"]["transfer_insecure"]["each"]) == 12
+    table = (tmp_path / "table.md").read_text()
+    assert "transfer_insecure_beyond_control" in table and "probe_at_equal_loss" in table
 
 
 def test_the_final_loss_is_the_mean_over_the_last_twentieth(tmp_path):
@@ -346,10 +386,10 @@ def test_the_political_loss_is_on_neutral_answers_and_the_control_is_trained_on_
     monkeypatch.setattr(program, "measure", sees)
     options = {"methods": "naive", "max_steps": 2}
     found = run(files, "politics", tmp_path, **options)["seeds"]["0"]
-    assert [name for name, _ in seen] == ["base", "naive", "neutral"]
+    assert [name for name, _ in seen] == ["base", "naive", "control"]
     held_out = split(load_rows(files["neutral"]), 0.25, 0)[1]
     assert all(rows == held_out for _, rows in seen)
-    assert len({found[name]["loss"]["value"] for name in ("base", "naive", "neutral")}) == 3
+    assert len({found[name]["loss"]["value"] for name in ("base", "naive", "control")}) == 3
     assert set(found["base"]["lean_shift"]["each"].values()) == {0}
     assert len(found["naive"]["lean"]["each"]) == len(politics.statements())
 
@@ -384,7 +424,9 @@ def test_the_table_has_means_and_spreads_over_seeds_and_intervals_of_a_single_on
         ({"methods": "kl"}, "needs --unrelated"),
         ({"seeds": 0}, "--seeds is 0, expected at least 1"),
         ({"subspace_rank": 0}, "--subspace-rank is 0"),
-        ({"neutral": "other.jsonl"}, "other.jsonl: expected, with --task politics alone"),
+        ({"control": UNRELATED.parent / "none.jsonl"}, "none.jsonl: no such file"),
+        ({"control": "insecure"}, "expected the prompts of"),
+        ({"transfer": "none.jsonl"}, "none.jsonl: no such file"),
         ({"questions": "none.yaml"}, "none.yaml: No such file"),
         ({"lr": 1e-3}, "settings.json: the fine-tunes there were made with another lr;"),
         ({"out": FIXTURES / "authors.csv"}, "--out "),
@@ -394,6 +436,8 @@ def test_a_mistake_ends_in_one_line_before_anything_is_done(
     files, medical, monkeypatch, options, message
 ):
     forbid(monkeypatch)
+    if options.get("control") == "insecure":
+        options = {"control": files["insecure"]}
     with pytest.raises(UserError) as error:
         run(files, "medical", **{"out": medical[0], **options})
     assert message in str(error.value) and "\n" not in str(error.value)
