@@ -140,6 +140,33 @@ def tradeoff(results, path):
     save(figure, path)
 
 
+def profile(methods, path):
+    """methods: {method: {measurement: {"mean", "sd"}}}. One column a rate, one mark a method."""
+    names = [n for n in methods["base"] if n not in ("loss", "seconds")]
+    figure, axis = plt.subplots(figsize=(1.6 * len(names) + 2.2, 3.6))
+    offsets = np.linspace(-0.33, 0.33, len(methods))
+    for offset, (method, measured) in zip(offsets, methods.items(), strict=True):
+        colour, marker, label = look_of(method)
+        axis.errorbar(
+            np.arange(len(names)) + offset,
+            [measured[name]["mean"] for name in names],
+            yerr=[measured[name]["sd"] for name in names],
+            fmt=marker,
+            color=colour,
+            mec="black",
+            mew=0.5,
+            ms=11 if method == "grasp_online" else 6,
+            lw=0.8,
+            label=label,
+        )
+    for border in range(1, len(names)):
+        axis.axvline(border - 0.5, color="0.85", lw=0.8, zorder=0)
+    axis.set(xlim=(-0.5, len(names) - 0.5), ylim=(-0.05, 1.05), ylabel="rate, mean and s.d.")
+    axis.set_xticks(range(len(names)), names)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    save(figure, path)
+
+
 def paper(results, harm, label, path, curve=()):
     """results: [per seed {method: {"loss", harm: {"value", "interval"}}}]; large marks: means.
 

@@ -1,10 +1,11 @@
-"""Many seeds' results.json in one small file: what docs/results keeps, and what README quotes."""
+"""Many seeds' results.json in one small file and a figure: what docs/results keeps and README has."""
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import torch
 
+from experiments.figures import profile
 from support.errors import UserError
 from support.files import read_json, write_json
 from support.options import option, parse
@@ -32,6 +33,23 @@ def section(runs, name):
     return summary
 
 
+def paired(runs, reference="grasp_online"):
+    """{method: {measurement: {"mean", "se"}}}: each seed's difference to the reference's value.
+
+    se: the standard error of the mean.
+    """
+    found = {}
+    for method, measured in runs[0]["methods"].items():
+        found[method] = {}
+        for key in measured:
+            differences = [r["methods"][method][key] - r["methods"][reference][key] for r in runs]
+            differences = torch.tensor(differences, dtype=torch.double)
+            error = differences.std().item() / len(runs) ** 0.5 if len(runs) > 1 else 0.0
+            numbers = {"mean": differences.mean().item(), "se": error}
+            found[method][key] = {name: float(f"{number:.5g}") for name, number in numbers.items()}
+    return found
+
+
 def summarise(runs):
     """The summary of [results of one seed], which share their configuration but for the seed."""
     directions = []
@@ -42,6 +60,7 @@ def summarise(runs):
         "seeds": [result["seed"] for result in runs],
         "config": runs[0]["config"],
         "methods": section(runs, "methods"),
+        "minus_grasp_online": paired(runs),
         "longer": section(runs, "longer"),
         "identification": {
             key: spread([r["identification"][key] for r in runs])
@@ -69,8 +88,11 @@ def main():
         raise UserError(
             f"{args.folder}: no seed_*/results.json, expected those of `grasp.py --seeds`"
         )
-    write_json(args.out, summarise([read_json(path, "results") for path in paths]))
-    print(f"wrote {args.out}: {len(paths)} seeds")
+    summary = summarise([read_json(path, "results") for path in paths])
+    write_json(args.out, summary)
+    picture = Path(args.out).with_suffix(".png")
+    profile(summary["methods"], picture)
+    print(f"wrote {args.out} and {picture}: {len(paths)} seeds")
 
 
 if __name__ == "__main__":
