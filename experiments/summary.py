@@ -1,4 +1,4 @@
-"""Many seeds' results.json in one small file and a figure: what docs/results keeps and README has."""
+"""Many seeds' results.json in one small file, and a figure: what docs/results keeps."""
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path

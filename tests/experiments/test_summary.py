@@ -49,7 +49,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
 def test_the_file_holds_every_seed_and_a_figure_stands_beside_it(tmp_path, monkeypatch):
     write_seeds(tmp_path)
     out = tmp_path / "summary.json"
-    monkeypatch.setattr("sys.argv", ["summary", f"--folder={tmp_path}", f"--out={out}"])
+    monkeypatch.setattr("sys.argv", ["summary", str(tmp_path), f"--out={out}"])
     main()
     summary = json.loads(out.read_text())
     assert summary["seeds"] == [0, 1]
@@ -60,6 +60,6 @@ def test_the_file_holds_every_seed_and_a_figure_stands_beside_it(tmp_path, monke
 
 
 def test_a_folder_without_seeds_ends_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["summary", f"--folder={tmp_path}"])
+    monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
     with pytest.raises(UserError, match="no seed_"):
         main()
