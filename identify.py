@@ -101,15 +101,18 @@ def null_quantile(rank, alpha=FALSE_POSITIVES):
     return torch.quantile(spike(torch.linalg.svdvals(draws)), 1 - alpha).item()
 
 
-def standing_out(svds):
+def standing_out(svds, nulls=None):
     """{module name: U (out, n)}: the output directions that stand out, for modules that have any.
 
-    svds: from `output_spectra`. One by one from the top, each against those below it.
+    svds: from `output_spectra`. One by one from the top, each against those below it. nulls:
+    {module name: singular values (r,) of B where nothing but the inputs is shared}, which are to be
+    exceeded, too (real/null.py).
     """
     found = {}
     for name, (U, S) in svds.items():
-        n = 0
-        while n < len(S) - 1 and spike(S, n) > null_quantile(len(S)):
+        n, least = 0, null_quantile(len(S))
+        null = torch.zeros_like(S) if nulls is None else nulls[name]
+        while n < len(S) - 1 and spike(S, n) > max(least, spike(null, n).item()):
             n += 1
         if n > 0:
             found[name] = U[:, :n]

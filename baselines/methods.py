@@ -40,6 +40,7 @@ class Found:
     unrelated: tuple | None = field(default=None, repr=False)  # rows (tokens, mask), for kl
     steering: float = 0.3  # the steering vector's length, as `steering_vector` counts it
     kl_weight: float = 1.0
+    nulls: dict | None = None  # {module: S (r,)}, what a look sees of the inputs alone
 
 
 NEEDS = {
@@ -74,7 +75,7 @@ def recipe(method, model, batch, found=None, seed=0):
     if method == "grasp":  # the abstract's: one look at the naive weights, then constrained
         return Recipe(factor=found.factor)
     if method == "grasp_online":  # ours: one fine-tune that looks while it trains
-        return Recipe(look=lambda step, svds: standing_out(svds))
+        return Recipe(look=lambda step, svds: standing_out(svds, found.nulls))
     if method == "grasp_random":
         return Recipe(look=replay(found.looks, seed))
     if method == "grasp_gradient_only":  # parameters are not projected: what leaks, does it matter?

@@ -16,6 +16,7 @@ from identify import leak, spectra
 from lora import add_lora, lora_modules, remove_lora, save_lora
 from model import GPT
 from real.losses import nats
+from real.null import input_nulls
 from real.settings import Training
 from support.checkpoint import Checkpoint
 from support.errors import UserError, user_errors
@@ -142,6 +143,8 @@ class Job:
         found = on_adapted(self.model, method, found)
         if self.unrelated is not None:
             found = replace(found, unrelated=self.to_device(self.unrelated))
+        if method == "grasp_online":
+            found = replace(found, nulls=input_nulls(self.model, *self.batch_at(0)))
         added = recipe(method, self.model, self.batch_at(0), found, args.seed)
         added = replace(added, look_every=args.look_every)
         options = Optimisation(

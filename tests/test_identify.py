@@ -233,6 +233,24 @@ def test_what_is_taken_is_orthonormal_and_leaves_something(shape):
             assert 1 <= U.shape[1] < shape[2]
 
 
+@pytest.mark.parametrize("shared, taken", [(0.0, False), (1.0, True)])
+def test_a_common_part_of_the_inputs_stands_out_unless_the_null_has_it(shared, taken):
+    g = torch.Generator().manual_seed(0)
+    A = torch.rand(16, 128, generator=g) * 2 - 1
+    X = torch.randn(64, 128, generator=g) + 3  # inputs with a common part
+    answers = torch.linalg.qr(torch.randn(256, 65, generator=g))[0]  # 64 of the tokens' own, and u
+    own, u = answers[:, :64], answers[:, 64]
+    B = (own + shared * u[:, None]) @ X @ A.T
+    U, S, _ = torch.linalg.svd(B, full_matrices=False)
+    svds = {"module": (U, S)}
+    nulls = {"module": torch.linalg.svdvals(X @ A.T)}
+    assert standing_out(svds)
+    found = standing_out(svds, nulls)
+    assert bool(found) == taken
+    if taken:
+        assert (found["module"].T @ u).norm() > 0.9
+
+
 def test_the_size_of_the_update_does_not_matter():
     model, _ = first_update(MANY[0], torch.Generator().manual_seed(0), shared=1.5)
     lora = model["module"]

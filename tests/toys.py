@@ -64,7 +64,7 @@ def lora_values(model):
     return torch.cat([p.detach().flatten() for p in parts])
 
 
-def every_top_direction(svds):
+def every_top_direction(svds, nulls=None):
     """In the place of `standing_out`: each module's first output direction."""
     return {name: U[:, :1].clone() for name, (U, _) in svds.items()}
 

@@ -15,6 +15,7 @@ from lora import load_lora, lora_modules
 from model import GPT
 from real import job as job_module
 from real.job import Job, digest, main
+from real.null import input_nulls
 from real.settings import Training
 from real.spectrum import main as identify
 from support.errors import UserError
@@ -123,6 +124,24 @@ def test_the_default_looks_while_it_trains_and_needs_no_file(online):
     found = results(online)
     assert [look["step"] for look in found["looks"]] == [10]
     assert found["looks"] == json.loads((online / "looks.json").read_text())
+
+
+def test_grasp_online_looks_with_the_null_of_its_own_inputs(
+    checkpoint, data, monkeypatch, tmp_path
+):
+    seen = []
+
+    def sees(svds, nulls=None):
+        seen.append(nulls)
+        return {}
+
+    monkeypatch.setattr(methods, "standing_out", sees)
+    job = Job(Training(model=str(checkpoint), data=str(data), look_every=2, max_steps=2, rank=4))
+    job.finetune("grasp_online", tmp_path)
+    job.attach()
+    expected = input_nulls(job.model, *job.batch_at(0))
+    assert len(seen) == 1 and seen[0].keys() == expected.keys()
+    assert all(torch.equal(seen[0][name], S) for name, S in expected.items())
 
 
 def test_grasp_online_saves_what_it_found_as_any_subspace_file(online, checkpoint):
