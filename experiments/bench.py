@@ -103,8 +103,9 @@ class Arguments:
     only: tuple = option(("a", "b", "c", "d", "e", "f", "g"), "comma-separated parts")
     data: str = option("", "JSONL file of chat rows, for the epoch of (a), which needs it")
     model: str = option(
-        "", "a Qwen2.5 folder, for its tokenizer (default: random tokens, one for 4 bytes)"
+        "", "a checkpoint folder, for its tokenizer (default: random tokens, one for 4 bytes)"
     )
+    weights: bool = option(False, "the epoch trains the checkpoint of --model, weights and all")
     rows: int = option(64, "rows of --data, at most", low=1)
     batch_size: int = option(8, "rows a step of the epoch", low=1)
     layers: int = option(4, "layers of the model of Qwen2.5-0.5B's shapes", low=1)
@@ -232,6 +233,16 @@ def checkpoint(kind, args, folder):
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
         save_lora(add_lora(GPT.from_pretrained(base), args.rank, ALPHA, "all-linear"), adapter)
     return base, adapter
+
+
+def epoch_checkpoint(args, folder):
+    """(Checkpoint, adapter, what it is): of Qwen2.5-0.5B's shapes, or that of --model itself."""
+    if not args.weights:
+        base, adapter = checkpoint("qwen2", args, folder)
+        return base, adapter, f"{args.layers} layers of Qwen2.5-0.5B"
+    adapter = folder / "real_lora"
+    save_lora(ours(args.model, args), adapter)
+    return args.model, adapter, Path(args.model).name
 
 
 def gpt2_shaped(args):
@@ -407,7 +418,7 @@ def epoch_beside_peft(args, folder, report):
     """The same rows on both sides: ours sorted into batches of like length, theirs as they come."""
     from data.chat import batches
 
-    base, adapter = checkpoint("qwen2", args, folder)
+    base, adapter, model_name = epoch_checkpoint(args, folder)
     examples = chat_examples(args)
     order = torch.randperm(len(examples)).tolist()
     shuffled = [examples[i] for i in order]
@@ -420,7 +431,7 @@ def epoch_beside_peft(args, folder, report):
     with torch.no_grad():
         our_loss = response_loss(our_model, *padded(examples[:2])).item()
         their_loss = their_model(**collate(examples[:2])).loss.item()
-    what = f"{len(examples)} rows, {args.layers} layers of Qwen2.5-0.5B"
+    what = f"{len(examples)} rows, {model_name}"
     difference = abs(our_loss - their_loss)
     report.add("a", f"{what}: difference of the loss", [difference], "nats", at_most=1e-4)
 
@@ -809,6 +820,8 @@ def probe(path):
 def main():
     """The command line."""
     args = parse(Arguments)
+    if args.weights and not args.model:
+        raise UserError("--weights needs --model, the checkpoint to train")
     for part in args.only:
         if part not in PARTS:
             raise UserError(f"--only has '{part}', expected some of {', '.join(PARTS)}")
