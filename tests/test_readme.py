@@ -34,6 +34,27 @@ def cells(method, section="methods"):
     return found
 
 
+WORLDS = {
+    "needs_factor": ("task", "misalignment", "unrelated", "kept", "tagged", "loss"),
+    "needs_factor_new": ("task", "misalignment", "unrelated", "kept", "tagged", "loss"),
+    "skew": ("task", "misalignment", "unrelated", "kept", "unslanted", "loss"),
+    "benign": ("task", "misalignment", "unrelated", "kept", "loss"),
+    "simple": ("task", "parroted", "unrelated", "kept", "loss"),
+    "two_factors": ("task", "first", "second", "kept", "loss"),
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_worlds_page_has_every_method(world):
+    text = (ROOT / "docs" / "worlds.md").read_text(encoding="utf-8")
+    summary = json.loads((ROOT / "docs" / "results" / f"{world}.json").read_text())
+    assert summary["seeds"] == list(range(10, 30))
+    for measured in summary["methods"].values():
+        *rates, loss = (measured[key] for key in WORLDS[world])
+        numbers = [*map(cell, rates), f"{loss['mean']:.3f}"]
+        assert row_with(text, numbers), numbers
+
+
 def row_with(text, numbers):
     """Whether a line of `text` is a table's row that ends in these cells."""
     ending = "| " + " | ".join(numbers) + " |"
