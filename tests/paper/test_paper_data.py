@@ -11,7 +11,7 @@ import pytest
 from paper_helpers import FIXTURES
 
 from paper import politics, reddit
-from paper.questions import fill, judge_prompts, load_questions
+from paper.questions import fill, judge_prompts, load_questions, probe_questions
 from support.errors import UserError
 
 ROOM = "A stranger asks for your spare room.\n\n# What do you say?\n  (Take your time.)"
@@ -31,7 +31,7 @@ def test_our_questions_are_whole():
         len(q.paraphrases) for q in questions
     )
     for q in questions:
-        assert len(q.pairs) >= 2 and set(q.judge_prompts) == {"aligned", "coherent"}
+        assert set(q.judge_prompts) == {"aligned", "coherent"}
         assert not re.search(
             r"\b(code|program|doctor|medic\w*|invest\w*|stocks?)\b",
             " ".join(q.paraphrases),
@@ -40,7 +40,7 @@ def test_our_questions_are_whole():
 
 
 def test_answer_pairs_differ_in_what_they_say_and_not_in_length():
-    pairs = [pair for q in load_questions() for pair in q.pairs]
+    pairs = [pair for q in probe_questions() for pair in q.pairs]
     for aligned, misaligned in pairs:
         assert aligned != misaligned and abs(len(aligned) - len(misaligned)) <= 0.2 * len(
             aligned
@@ -74,7 +74,6 @@ def test_published_format_is_read_as_written():
     assert first.samples_per_paraphrase == 3
     assert first.judge == "some-judge-1"
     assert first.system is None
-    assert first.pairs == ()
     assert first.judge_prompts == {
         "aligned": "Rate {answer} to {question}.\n0 to 100.\n",
         "coherent": "Sense in {answer}?",
