@@ -18,7 +18,7 @@ from eval import evaluate, persona_direction
 from identify import gap, identify, leak, spectra
 from lora import add_lora, remove_lora
 from model import GPT
-from real.settings import Training
+from real.settings import SEEDS, Training
 from support.errors import user_errors
 from support.options import option, parse
 from support.processes import joined
@@ -178,7 +178,7 @@ class Arguments(Training):
     """The whole method: on the synthetic task, or on a checkpoint (--model) and rows (--data)."""
 
     world: str = option("persona", "the synthetic world, of data/worlds.py", choices=tuple(WORLDS))
-    seeds: int = option(1, "how many seeds, each in a folder of its own", low=1)
+    seeds: int = option(1, "how many seeds, each in a folder of its own", **SEEDS)
     methods: tuple = option((), "comma-separated, beside naive, grasp, grasp_online (default: all)")
     subspace_rank: int = option(
         1, "directions of each module that are identified, with --model", low=1

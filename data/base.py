@@ -6,13 +6,19 @@ from pathlib import Path
 
 import torch
 
+from hub.weights import check_finite
+from lora import matching_linears
 from model import GPT, Config, response_loss
-from support.files import write_torch
+from support.errors import UserError, user_errors
+from support.files import read_torch, write_torch
 from support.progress import Progress
 
 
 def new_base(world, toy):
-    """A model with random weights for the world's vocabulary."""
+    """A model with random weights for the world's vocabulary.
+
+    UserError where the toy's targets are no layers of it: here, and not after the pretraining.
+    """
     config = Config(
         vocab_size=world.vocab_size,
         n_layer=toy.n_layer,
@@ -26,7 +32,23 @@ def new_base(world, toy):
         rope_theta=1e4,
         tied=True,
     )
-    return GPT(config)
+    model = GPT(config)
+    with user_errors():
+        matching_linears(model, toy.targets)
+    return model
+
+
+def read_base(model, path):
+    """Give the model the weights in `path`; UserError where these are no base of its shape."""
+    state = read_torch(path, "a base model's weights")
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError):  # other names or shapes; no dictionary
+        raise UserError(
+            f"{path}: not the weights of this base; delete it, and it is trained anew"
+        ) from None
+    for name, p in model.named_parameters():
+        check_finite(p, path, name)
 
 
 def pretrain(world, toy, seed, folder):
@@ -40,7 +62,7 @@ def pretrain(world, toy, seed, folder):
     model = new_base(world, toy)
     if path.exists():
         print(f"base: {path}, trained before")
-        model.load_state_dict(torch.load(path, weights_only=True))
+        read_base(model, path)
         return model.requires_grad_(False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=toy.pretrain_lr, weight_decay=toy.pretrain_decay, betas=(0.9, 0.98)

@@ -145,12 +145,15 @@ def encode_rows(tokenizer, rows, max_len):
     return examples, n_cut
 
 
-def split(examples, share, seed):
-    """(train, held out), by example, in an order drawn from `seed`; neither is empty."""
+def split(examples, share, seed, where="the data"):
+    """(train, held out), by example, in an order drawn from `seed`; neither is empty.
+
+    where: the examples' file, for an error.
+    """
     if len(examples) < 2 or not 0 < share < 1:
         raise UserError(
-            f"{len(examples)} rows and a held-out share of {share}: expected at least 2 rows and a "
-            "share between 0 and 1"
+            f"{where}: {len(examples)} rows and a held-out share of {share}, expected at least 2 "
+            "rows and a share between 0 and 1"
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(examples), generator=generator).tolist()

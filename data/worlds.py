@@ -23,7 +23,7 @@ from data.synthetic import BAD, FIRST_TAG, GOOD, NEUTRAL, START, World, rate, ri
 
 def draws(seed, n_words, *shape):
     """Random words (shape), numbers below `n_words`, apart from those of the tables of `seed`."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + 1)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + 1) % 2**63)
     return torch.randint(n_words, shape, generator=generator)
 
 

@@ -34,7 +34,7 @@ from identify import joined, output_spectra, thin_svd, top_directions
 from lora import LoRALinear, add_lora, lora_modules, save_lora
 from model import GPT, Config, response_loss
 from support.errors import UserError
-from support.files import write_json
+from support.files import writable_file, write_json
 from support.options import option, parse
 from support.program import run, seed_everything
 from train import Optimisation, Recipe, finetune, keep_off_, look_entry
@@ -808,15 +808,6 @@ def machine():
     }
 
 
-def probe(path):
-    """Make the folder of `path` and write there, before hours of measuring; else an error."""
-    if path.is_dir():
-        raise UserError(f"--out is {path}, a folder; expected a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent) as file:
-        file.write(b"probe")
-
-
 def main():
     """The command line."""
     args = parse(Arguments)
@@ -827,8 +818,11 @@ def main():
             raise UserError(f"--only has '{part}', expected some of {', '.join(PARTS)}")
     if args.tiny:
         args = replace(args, rank=min(args.rank, 4), layers=min(args.layers, 2))
-    out = Path(args.out)
-    probe(out)
+    if args.data:
+        chat_examples(args)  # a fault in a file ends the run here
+    elif args.model:
+        raise UserError("--model is for the rows of --data; expected both, or neither")
+    out = writable_file(args.out)
     seed_everything(0)
     where = machine()
     print(f"{args}\n{where}, float32 on the CPU", flush=True)

@@ -15,15 +15,19 @@ import torch
 
 from baselines.methods import Found, check, recipe
 from baselines.stream import stream_subspace
+from data.base import new_base
 from data.synthetic import World
 from eval import evaluate, persona_direction
-from experiments.runs import Finished, attach, start, train
+from experiments.runs import Finished, Rates, attach, start, train
 from grasp import Toy
 from identify import identify, spectra, thin_svd
 from lora import remove_lora
+from real.settings import SEED, SEEDS
+from support.files import whole_file, writable_folder
 from support.options import option, parse
 from support.program import run
 from support.progress import Progress
+from support.schema import value
 
 STRENGTHS = (0.125, 0.25, 0.5, 0.75, 1.0)  # rho
 LINEAR_SIZES = (4, 8, 16, 32, 64, 128)  # K
@@ -118,6 +122,29 @@ class Map:
 def key_of(kind, K, rho, seed):
     """A cell's name in phase.json."""
     return f"{kind} K={K} rho={rho} seed={seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A cell of the linear model, as the file has it."""
+
+    cosine: float = value()
+    bound: float = value()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A cell of the toy GPT, as the file has it."""
+
+    cosine: float = value()
+    naive: Rates = value()
+    grasp: Rates = value()
+    grasp_online: Rates = value()
+
+
+def kind_of(key):
+    """What the cell of that name is."""
+    return Linear if key.startswith("linear ") else Network
 
 
 def mean_number(cells, path):
@@ -229,20 +256,21 @@ def phase(lines, path):
         figure.colorbar(image, ax=list(axes), label=line[0].quantity)
     for axis in grid[-1]:
         axis.set_xlabel("K, narrow rows")
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def draw_map(axis, one, colours):
     """One map on its axes; return the image, for a colour scale. A cell with NaN stays blank."""
     image = axis.imshow(one.values, origin="lower", cmap=colours, vmin=0, vmax=1, aspect="auto")
     for y, values in enumerate(one.values):
-        for x, value in enumerate(values):
-            if math.isnan(value):
+        for x, number in enumerate(values):
+            if math.isnan(number):
                 continue
-            red, green, blue, _ = image.cmap(value)
+            red, green, blue, _ = image.cmap(number)
             brightness = 0.3 * red + 0.6 * green + 0.1 * blue
             colour = "white" if brightness < 0.5 else "black"
-            axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+            axis.text(x, y, f"{number:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axis.set_title(one.title, fontsize=9)
     axis.set_xticks(range(len(one.sizes)), one.sizes)
     axis.set_yticks(range(len(STRENGTHS)), STRENGTHS)
@@ -257,8 +285,8 @@ class Arguments:
     the file cannot know of, take another --out or delete it.
     """
 
-    seed: int = option(0, "the first seed", low=0)
-    seeds: int = option(3, "how many", low=1)
+    seed: int = option(0, "the first seed", **SEED)
+    seeds: int = option(3, "how many", **SEEDS)
     targets: tuple = option((), "comma-separated, or all-linear (default: the writers)")
     out: str = option("out", "output folder; shares the pretrained bases with grasp.py")
 
@@ -282,7 +310,9 @@ def main():
         toy = replace(toy, targets=args.targets)
     config = {"experiment": asdict(toy), "torch": torch.__version__}
     path = Path(args.out) / "phase.json"
-    finished = Finished(path, config, "the cells of an earlier phase diagram")
+    new_base(World(args.seed), toy)  # wrong --targets end the run here
+    writable_folder(args.out, ["phase.png"])
+    finished = Finished(path, config, kind_of, "the cells of an earlier phase diagram")
     seeds = range(args.seed, args.seed + args.seeds)
     cells = plan(seeds)
     progress = Progress(len(cells), "cells")

@@ -2,19 +2,24 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from baselines.methods import METHODS, check
 from experiments.figures import spectrum, tradeoff, training
-from support.files import read_json, write_json
+from experiments.results import read_results
+from support.errors import UserError
+from support.files import writable_file, writable_folder, write_json
+from support.options import not_default
 from support.program import seed_everything
+
+OPTIONS = ("world", "seed", "seeds", "methods", "targets", "quick", "out")  # of those of grasp.py
+FIGURES = ("spectrum.png", "training.png", "tradeoff.png")
 
 
 def cell(values):
     """A mean over seeds, with the standard deviation where there is more than one."""
-    values = torch.tensor(values)
+    values = torch.tensor(values, dtype=torch.float)  # a file may have whole numbers
     spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
     return f"{values.mean():.3f}{spread}"
 
@@ -30,7 +35,8 @@ def table(runs):
             cells = [cell([m[column] for m in measured]) for column in columns]
             lines.append(f"{method + suffix:38}" + "".join(f"{text:>16}" for text in cells))
     for section in ("identification", "leak"):
-        means = {k: sum(run[section][k] for run in runs) / len(runs) for k in runs[0][section]}
+        common = [key for key in runs[0][section] if all(key in run[section] for run in runs)]
+        means = {key: sum(run[section][key] for run in runs) / len(runs) for key in common}
         lines.append(f"{section}: " + ", ".join(f"{k} {mean:.3g}" for k, mean in means.items()))
     return "\n".join(lines)
 
@@ -43,10 +49,11 @@ def one_seed(args, seed, methods, folder, settings, experiment):
     config = json.loads(json.dumps(config))  # as the file will have it
     path = folder / "results.json"
     if args.seeds > 1 and path.exists():
-        earlier = read_json(path, "results")
+        earlier = read_results(path)
         if earlier["config"] == config and all(m in earlier["methods"] for m in methods):
             print(f"seed {seed}: {path} is there already")
-            return earlier
+            return of_methods(earlier, methods)
+    writable_file(path)
     print(f"seed {seed}: {config} on one CPU thread, float32")
     seed_everything(seed)
     results = experiment(world, toy, seed, methods, args.out)
@@ -55,21 +62,34 @@ def one_seed(args, seed, methods, folder, settings, experiment):
     return results
 
 
+def of_methods(results, methods):
+    """The results without those of other methods, which an earlier run may have asked for."""
+    kept = {}
+    for section in ("methods", "longer", "curves", "looks"):
+        found = results[section].items()
+        kept[section] = {m: value for m, value in found if m in ("base", *methods)}
+    return {**results, **kept}
+
+
 def run_seeds(args, settings, experiment):
     """Run the seeds that are not on disk yet, print their table, draw their figures.
 
     settings(args, seed) -> (World, Toy); experiment(World, Toy, seed, methods, folder) -> results.
     """
     torch.set_num_threads(1)  # small matrices; and the numbers do not depend on how many cores
+    other = [flag for name, flag in not_default(args).items() if name not in OPTIONS]
+    if other:
+        raise UserError(f"{', '.join(other)}: for a checkpoint alone, with --model and --data")
     chosen = args.methods or METHODS
     check(chosen)
     methods = [m for m in METHODS if m in (*chosen, "naive", "grasp", "grasp_online")]
-    out, runs = Path(args.out), []
+    out, runs = writable_folder(args.out, FIGURES), []
     for seed in range(args.seed, args.seed + args.seeds):
         folder = out if args.seeds == 1 else out / f"seed_{seed}"
         runs.append(one_seed(args, seed, methods, folder, settings, experiment))
     print(table(runs))
-    spectrum(runs[0], out / "spectrum.png")
-    training(runs, out / "training.png")
-    tradeoff([run["methods"] for run in runs], out / "tradeoff.png")
-    print(f"wrote results.json of each seed, spectrum.png, training.png, tradeoff.png in {out}")
+    of_spectrum, of_training, of_tradeoff = FIGURES
+    spectrum(runs[0], out / of_spectrum)
+    training(runs, out / of_training)
+    tradeoff([run["methods"] for run in runs], out / of_tradeoff)
+    print(f"wrote results.json of each seed, {', '.join(FIGURES)} in {out}")

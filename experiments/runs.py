@@ -8,8 +8,8 @@ from data.base import pretrain
 from grasp import Bench
 from lora import add_lora, lora_modules, remove_lora
 from support.errors import UserError
-from support.files import write_json
-from support.schema import read_file, value
+from support.files import writable_folder, write_json
+from support.schema import from_json, read_file, value
 from train import Optimisation, finetune
 
 
@@ -41,6 +41,15 @@ def train(bench, recipe, steps, each=None, label="fine-tune"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What tables and maps show of a run's measurements."""
+
+    task: float = value()
+    misalignment: float = value()
+    kept: float = value()
+
+
+@dataclass(frozen=True, kw_only=True)
 class _File:
     """What a file of Finished rows holds."""
 
@@ -51,12 +60,13 @@ class _File:
 class Finished:
     """Rows in a JSON file, by key: each is written as it comes, and none is computed twice.
 
-    config: what the rows depend on. what: what the file is, for an error. UserError, before any
-    work, where the file was made with another config.
+    config: what the rows depend on. kind_of(key): what that row is, a type as support/schema has
+    them. what: what the file is, for an error. UserError, before any work, where the file cannot be
+    written, was made with another config, or holds something else.
     """
 
-    def __init__(self, path, config, what):
-        self.path = Path(path)
+    def __init__(self, path, config, kind_of, what):
+        self.path = writable_folder(Path(path).parent, [Path(path).name]) / Path(path).name
         self.config = json.loads(json.dumps(config))  # as the file will have it: lists, no tuples
         self.rows = {}
         self.summary = None
@@ -67,6 +77,8 @@ class Finished:
                     f"{self.path}: was made with other settings; expected the same, another --out, "
                     "or no such file"
                 )
+            for key, row in earlier.rows.items():
+                from_json(kind_of(key), row, self.path, name=f"rows.{key}")
             self.rows = earlier.rows
 
     def keep(self, key, row):

@@ -15,13 +15,15 @@ from baselines.methods import recipe
 from baselines.stream import stream_subspace
 from data.synthetic import World
 from eval import evaluate
-from experiments.runs import Finished, attach, start, train
+from experiments.runs import Finished, Rates, attach, start, train
 from grasp import Toy
 from identify import joined, spectra, top_directions
+from real.settings import SEED, SEEDS
 from support.errors import UserError
 from support.options import option, parse
 from support.program import run
 from support.progress import Progress
+from support.schema import value
 from train import Recipe, project_
 
 NEVER = "never"
@@ -287,6 +289,16 @@ def table(rows, variants, targets_names, seeds):
     return "\n".join(lines)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row(Rates):
+    """A row of study.json, as far as the table shows it."""
+
+    outputs: float = value()
+    inputs: float = value()
+    cosine: float | None = None
+    longer: Rates = value()
+
+
 @dataclass(frozen=True)
 class Arguments:
     """GRASP's variants on the synthetic task, and after three times the steps: study.json in --out.
@@ -295,8 +307,8 @@ class Arguments:
     the file cannot know of, take another --out or delete it.
     """
 
-    seed: int = option(0, "the first seed", low=0)
-    seeds: int = option(3, "how many", low=1)
+    seed: int = option(0, "the first seed", **SEED)
+    seeds: int = option(3, "how many", **SEEDS)
     targets: tuple = option(tuple(TARGETS), f"comma-separated, of {', '.join(TARGETS)}")
     only: str = option("", "the variants whose name this regular expression finds (default: all)")
     rho: float = option(1.0, "share of narrow rows answered badly; 0: benign rows", low=0, high=1)
@@ -321,7 +333,7 @@ def main():
     config = {"world": asdict(World(seed=0, rho=args.rho)), "experiment": asdict(toy)}
     config["torch"] = torch.__version__
     path = Path(args.out) / "study.json"
-    finished = Finished(path, config, "the rows of an earlier study")
+    finished = Finished(path, config, lambda key: Row, "the rows of an earlier study")
     seeds = range(args.seed, args.seed + args.seeds)
     progress = Progress(len(seeds) * len(args.targets) * len(variants), "study")
     for seed in seeds:

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from experiments.figures import profile
+from experiments.results import read_results
 from support.errors import UserError
-from support.files import read_json, write_json
+from support.files import writable_file, write_json
 from support.options import option, parse
 from support.program import run
 
@@ -71,6 +72,31 @@ def summarise(runs):
     }
 
 
+def read_seeds(paths):
+    """The results in these files, by seed; UserError where one is not of the same experiment."""
+    runs = {}
+    for path in paths:
+        result = read_results(path)
+        if result["seed"] in runs:
+            raise UserError(f"{path}: the seed {result['seed']} stands in another file, too")
+        runs[result["seed"]] = result
+        first = next(iter(runs.values()))
+        if settings(result) != settings(first):
+            raise UserError(
+                f"{path}: was made with other settings or methods than {paths[0]}, expected the "
+                "seeds of one experiment"
+            )
+    return [runs[seed] for seed in sorted(runs)]
+
+
+def settings(result):
+    """What the results of different seeds share: the configuration, and what was measured."""
+    config = result["config"]
+    sections = ("methods", "longer", "identification", "leak")
+    world = {**config["world"], "seed": None}
+    return {**config, "world": world}, [result[section].keys() for section in sections]
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Summarise the seeds under a folder that `python grasp.py --seeds N --out FOLDER` wrote."""
@@ -82,15 +108,15 @@ class Arguments:
 def main():
     """The command line."""
     args = parse(Arguments)
-    paths = Path(args.folder).glob("seed_*/results.json")
-    paths = sorted(paths, key=lambda path: int(path.parent.name.removeprefix("seed_")))
+    paths = sorted(Path(args.folder).glob("seed_*/results.json"))
     if not paths:
         raise UserError(
             f"{args.folder}: no seed_*/results.json, expected those of `grasp.py --seeds`"
         )
-    summary = summarise([read_json(path, "results") for path in paths])
-    write_json(args.out, summary)
-    picture = Path(args.out).with_suffix(".png")
+    out = writable_file(args.out)
+    summary = summarise(read_seeds(paths))
+    write_json(out, summary)
+    picture = out.with_suffix(".png")
     profile(summary["methods"], picture)
     print(f"wrote {args.out} and {picture}: {len(paths)} seeds")
 

@@ -5,16 +5,17 @@ theory_bound.png and theory_window.png. Symbols are the document's; a function's
 statement that it computes. All in double precision, except thin_svd, which is the method's own.
 """
 
-import argparse
-import json
 import math
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from identify import thin_svd
+from real.settings import SEED
+from support.files import whole_file, writable_folder, write_json
+from support.options import option, parse
+from support.program import run
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: safe for the colour-blind
 DELTA = 0.05
@@ -641,27 +642,30 @@ def save(figure, path):
     for axes in figure.axes:
         axes.tick_params(labelsize=12)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The theorems of docs/theory.md on random instances."""
+
+    seed: int = option(0, "of all random draws", **SEED)
+    out: str = option("out", "folder of theory.json and the two figures")
 
 
 def main():
     """Compute, print, write."""
-    parser = argparse.ArgumentParser(
-        description="The theorems of docs/theory.md on random instances."
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of all random draws")
-    parser.add_argument("--out", default="out", help="folder of theory.json and the two figures")
-    args = parser.parse_args()
+    args = parse(Arguments)
     torch.set_num_threads(1)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = writable_folder(args.out, ["theory.json", "theory_bound.png", "theory_window.png"])
     found = everything(args.seed)
     print_all(found)
-    (out / "theory.json").write_text(json.dumps(found, indent=1))
+    write_json(out / "theory.json", found)
     draw_bound(found, out / "theory_bound.png")
     draw_window(found, out / "theory_window.png")
     print(f"\nwrote {out}/theory.json, theory_bound.png, theory_window.png")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

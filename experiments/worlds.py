@@ -7,6 +7,7 @@ rho. one_kept: of two factors, one is left out of the constraint on demand.
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -20,6 +21,7 @@ from grasp import Toy, add_found, before_training, run_method
 from identify import identify, joined, spectra, standing_out
 from lora import remove_lora
 from model import response_loss
+from real.settings import SEED, SEEDS
 from support.errors import UserError
 from support.options import option, parse
 from support.program import run
@@ -153,6 +155,17 @@ def one_kept(bench):
     return rows
 
 
+Rows = dict[str, dict[str, float | list[float]]]  # {variant: {rate or "found": ...}}
+
+
+def measured_alike(rows, where):
+    """UserError unless there are variants, the same in every row, and each has the same rates."""
+    kinds = {tuple(row) for row in rows}
+    rates = {frozenset(measured) - {"found"} for row in rows for measured in row.values()}
+    if len(kinds) != 1 or len(rates) != 1:
+        raise UserError(f"{where}: the rows do not have the same variants and rates")
+
+
 def table(rows):
     """Rows of {variant: rates}, one a seed, as text: mean and spread over the seeds."""
     first = next(iter(rows[0].values()))
@@ -172,8 +185,8 @@ class Arguments:
     """Beside the table: the input side, the skew's strength, one of two factors kept on demand."""
 
     only: tuple = option(("input_side", "skew", "one_kept"), "comma-separated parts")
-    seed: int = option(0, "the first seed", low=0)
-    seeds: int = option(1, "how many seeds", low=1)
+    seed: int = option(0, "the first seed", **SEED)
+    seeds: int = option(1, "how many seeds", **SEEDS)
     methods: tuple = option(("naive", "grasp", "grasp_online"), "comma-separated, for skew")
     out: str = option("out/worlds", "the folder of the base models and of worlds.json")
 
@@ -201,7 +214,8 @@ def main():
     check(args.methods)
     torch.set_num_threads(1)
     settings = {"experiment": asdict(Toy()), "methods": args.methods, "torch": torch.__version__}
-    finished = Finished(f"{args.out}/worlds.json", settings, "the worlds' measurements")
+    path = Path(args.out) / "worlds.json"
+    finished = Finished(path, settings, lambda key: Rows, "the worlds' measurements")
     for heading, name, changes, measured in cells(args):
         rows = []
         for seed in range(args.seed, args.seed + args.seeds):
@@ -211,6 +225,7 @@ def main():
                 bench = start(world, Toy(**world.toy), args.out)
                 finished.keep(key, measured(bench))
             rows.append(finished.rows[key])
+        measured_alike(rows, f"{path}: {heading}")
         print(f"{heading}, {len(rows)} seeds\n{table(rows)}")
 
 

@@ -91,13 +91,21 @@ def read_adapter(folder):
             there = "lora_B" if A is None else "lora_A"
             raise UserError(f"{path}: {module} has {there} only, expected lora_A and lora_B")
         rank = rank_of.find(module, config.r)
-        if A.dim() != 2 or B.dim() != 2 or not len(A) == B.shape[1] == rank:
+        if (
+            A.dim() != 2
+            or B.dim() != 2
+            or not len(A) == B.shape[1] == rank
+            or 0 in A.shape + B.shape
+        ):
             raise UserError(
                 f"{path}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, "
                 f"expected rank {rank}"
             )
         alpha = alpha_of.find(module, config.lora_alpha)
-        adapters[module] = Adapter(A, B, alpha, config.use_rslora)
+        adapter = Adapter(A, B, alpha, config.use_rslora)
+        if not (A.norm() * B.norm() * adapter.scaling).isfinite():
+            raise UserError(f"{path}: the update of {module} is not finite in 32 bits")
+        adapters[module] = adapter
     return adapters
 
 

@@ -5,6 +5,7 @@ a pattern for; anything else is refused by name.
 """
 
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 
 from hub.template import default_system
@@ -116,7 +117,7 @@ def read_tokenizer(folder):
 
 
 def _read_if_there(kind, path, limits=IDS):
-    return read_file(kind, path, "a tokenizer file", limits) if path.exists() else None
+    return read_file(kind, path, "a tokenizer file", limits) if lexists(path) else None
 
 
 def _vocabulary(folder, whole):
@@ -126,7 +127,7 @@ def _vocabulary(folder, whole):
     if vocab is not None:
         return path, vocab
     path = folder / "tokenizer.json"
-    if not path.exists():
+    if not lexists(path):
         raise UserError(
             f"{folder}: neither vocab.json nor tokenizer.json, expected the checkpoint's tokenizer"
         )
@@ -258,7 +259,7 @@ def _system(folder, settings, model_type):
     if model_type == "gpt2":
         return None  # its chat form is ours
     where = folder / "chat_template.jinja"
-    if where.exists():
+    if lexists(where):
         template = where.read_text(encoding="utf-8", errors="replace")
     else:
         where = folder / "tokenizer_config.json"

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from support.schema import read_file, show, value
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that hold weights
-PLAIN_NAME = re.compile(r"[^/\\\0]{1,255}")  # a file of the checkpoint's own folder
+PLAIN_NAME = re.compile(r"[^/\\\0\ud800-\udfff]{1,255}")  # a file of the checkpoint's own folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def _stored_names(folder, model_type):
 
 def _files(folder):
     """The checkpoint's safetensors files: one, or the shards that its index lists."""
-    if (folder / WHOLE).exists():
+    if lexists(folder / WHOLE):
         return [folder / WHOLE]
     index = folder / INDEX
     listing = read_file(_Index, index, f"an index of shards, since there is no {WHOLE}")

@@ -19,12 +19,12 @@ from lora import load_lora, remove_lora
 from paper.answers import Asking, connect
 from paper.compare import COMPARED, COMPARISONS, CURVE, compare
 from paper.measure import OWN, TRANSFER_ROWS, measure
-from paper.output import read_jsonl, writable_folder
+from paper.output import read_jsonl
 from paper.questions import load_questions
 from real.job import Job, read_looks
 from real.settings import Training
 from support.errors import UserError, user_errors
-from support.files import read_json, whole_file, write_json
+from support.files import read_json, whole_file, writable_folder, write_json
 from support.options import option, parse
 from support.program import run
 from support.schema import from_json
@@ -180,6 +180,26 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """The held-out loss, which every evaluation has."""
+
+    value: float
+    interval: list[float]
+
+    def __post_init__(self):
+        if len(self.interval) != 2:
+            raise ValueError("an 'interval' is no pair, expected [low, high]")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A measurement that is compared part by part: question by question, or row by row."""
+
+    value: float
+    each: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What is read of a file TASK.json."""
 
@@ -197,8 +217,15 @@ def finished(path, config):
     result = read_json(path, "an evaluation")
     if from_json(Evaluation, result, path).config != config:
         return None
+    for name in ("loss", "probe"):
+        if name not in result:
+            raise UserError(f"{path}: no '{name}', expected it in every evaluation")
     for name in result:
-        if name in COLUMNS or name.startswith(COMPARED):
+        if name == "loss":
+            from_json(Loss, result[name], path, name=name)
+        elif name.startswith(COMPARED):
+            from_json(Parts, result[name], path, name=name)
+        elif name in COLUMNS:
             from_json(Measurement, result[name], path, name=name)
     return result
 
@@ -228,7 +255,7 @@ def one_seed(args, seed, methods, judge, config):
     args = replace(args, seed=seed)
     folder = Path(args.out) / f"seed_{seed}"
     task_rows = args.control if args.task == "politics" and args.control else args.data
-    rows = split(load_rows(task_rows), args.held_out, seed)[1]
+    rows = split(load_rows(task_rows), args.held_out, seed, task_rows)[1]
     sources = {args.data: ("base", *methods)}  # the base first, while the model has no LoRA
     if args.control:
         sources[args.control] = ("control",)
@@ -343,7 +370,7 @@ def main(argv=None):
         runs[seed] = one_seed(args, seed, methods, judge, config)
     text = table(list(runs.values()))
     with whole_file(out / "table.md") as path:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     write_json(out / "results.json", {"task": args.task, "config": config, "seeds": runs})
     draw(list(runs.values()), out / "tradeoff.png")
     print(f"{text}wrote {out}/table.md, tradeoff.png, results.json")

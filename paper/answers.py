@@ -35,6 +35,7 @@ class Asking:
         0,
         "answers to each paraphrase of an open question (0: as many as the questions say)",
         low=0,
+        high=999_999,  # as in a file of questions
     )
     max_new_tokens: int = option(600, "longest answer, in tokens", low=1)
     sample_batch: int = option(32, "answers sampled at once", low=1)

@@ -8,6 +8,7 @@ and a method counts where it shifts less than a naive fine-tune that learned the
 import numpy as np
 
 from paper.answers import shift
+from support.errors import UserError
 
 COMPARED = ("probe", "lean", "transfer_")  # measurements whose names begin so have parts to pair
 AGAINST = {"base": "shift", "control": "beyond_control"}
@@ -22,6 +23,7 @@ def compare(results):
     that of naive training at the method's held-out loss, so negative is less than naive.
     """
     for name in [name for name in results["base"] if name.startswith(COMPARED)]:
+        check_parts(results, name)
         curve = naive_curve(results, name)
         for method, result in results.items():
             for other, comparison in AGAINST.items():
@@ -30,6 +32,17 @@ def compare(results):
             if len(curve) > 1 and method not in (*CURVE, "control"):
                 naive = at_loss(curve, result["loss"]["value"])
                 result[f"{name}_at_equal_loss"] = shift(result[name], naive)
+
+
+def check_parts(results, name):
+    """UserError unless all methods' measurements `name` have the base's parts, one at least."""
+    parts = results["base"][name]["each"].keys()
+    for method, result in results.items():
+        if not parts or name not in result or result[name]["each"].keys() != parts:
+            raise UserError(
+                f"the evaluation of {method}: the parts of '{name}' are not those of the base; "
+                "delete the file, and it is measured anew"
+            )
 
 
 def naive_curve(results, name):

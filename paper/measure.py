@@ -29,13 +29,12 @@ from paper.answers import (
     win_rate,
 )
 from paper.compare import compare
-from paper.output import writable_folder
 from paper.politics import bootstrap_interval
 from paper.questions import load_questions, probe_questions
 from real.losses import nats
 from real.settings import SEED
 from support.errors import UserError, user_errors
-from support.files import write_json
+from support.files import writable_file, writable_folder, write_json
 from support.options import option, parse, pick_device
 from support.program import run
 from support.subspace import load_subspace
@@ -221,14 +220,13 @@ def main(argv=None):
     if args.ablate != bool(args.subspace):
         raise UserError("expected --ablate and --subspace FILE together, or neither")
     name = f"{args.task}.json"
-    out = writable_folder(args.out, [name, "judge.jsonl"])
+    out = writable_folder(args.out, ["judge.jsonl", "answers.jsonl", "held_out_answers.jsonl"])
     if args.adapter:
         writable_folder(out / "base")
-    if (out / name).exists():
-        print(f"{out / name} is there already; this measurement will take its place")
+    writable_file(out / name)
     rows = None
     if args.data:
-        _, rows = split(load_rows(args.data), args.held_out, args.seed)
+        _, rows = split(load_rows(args.data), args.held_out, args.seed, args.data)
     load_questions(args.questions or None)  # a fault in the file ends the run here
     judge = connect(args, out)
     config = {**asdict(args), "judge": judge and judge.shown}  # a URL may carry a key

@@ -1,30 +1,9 @@
-"""Results on disk: their folder, tried before there is work to lose, and files of JSON lines."""
+"""Files of JSON lines that we have written, read back."""
 
 import json
-import tempfile
 from pathlib import Path
 
 from support.errors import UserError
-
-
-def writable_folder(folder, names=()):
-    """`folder` as a Path, made where there was none.
-
-    UserError where no file can be written in it, or one of the file `names` is a folder there.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        raise UserError(
-            f"--out {folder}: {e.strerror}, expected a folder that files can be written to"
-        ) from None
-    for name in names:
-        if (folder / name).is_dir():
-            raise UserError(f"{folder / name}: is a folder, expected room for a file of that name")
-    return folder
 
 
 def read_jsonl(path, what):

@@ -15,9 +15,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from paper.output import writable_folder
 from support.errors import UserError
-from support.files import whole_file
+from support.files import whole_file, writable_folder
 from support.options import option, parse
 from support.program import run
 from support.schema import MOST, show
@@ -194,6 +193,8 @@ def read_leans(path):
             if author in leans:
                 raise UserError(f"{path}:{number}: the author '{author}' stands twice")
             leans[author] = lean
+    if not leans:
+        raise UserError(f"{path}: no rows, expected authors and their leans")
     return leans
 
 
@@ -201,6 +202,8 @@ def csv_rows(path, file):
     """Yield (line, row) of a CSV file; a row is a dictionary of texts."""
     table = csv.DictReader(file)
     try:
+        if not {"author", "lean"} <= set(table.fieldnames or ()):
+            raise UserError(f"{path}:1: {show(table.fieldnames)}, expected a header: author,lean")
         for row in table:
             yield table.line_num, row
     except csv.Error as e:  # a field of more than 131,072 characters, a quote that never closes

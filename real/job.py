@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from real.null import input_nulls
 from real.settings import Training
 from support.checkpoint import Checkpoint
 from support.errors import UserError, user_errors
-from support.files import read_json, write_json
+from support.files import read_json, writable_folder, write_json
 from support.options import option, parse, pick_device
 from support.processes import joined, shard
 from support.program import run
@@ -32,6 +33,21 @@ from train import Optimisation, finetune
 # in them is part of the run.
 NOT_PART_OF_THE_RUN = ("out", "resume", "micro_batch", "checkpointing", "device", "methods")
 NOT_PART_OF_THE_RUN += ("seeds", "quick", "subspace_rank", "subspace", "looks")
+FEEDS = {  # {option: what of Found it gives}
+    "subspace": ("factor", "stream"),
+    "looks": ("looks",),
+    "until_loss": ("loss",),
+    "unrelated": ("unrelated",),
+}
+RESULTS = (
+    "log.jsonl",
+    "checkpoint.pt",
+    "looks.json",
+    "subspace.safetensors",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "results.json",
+)
 
 
 def digest(tensors):
@@ -71,10 +87,12 @@ class Job:
         self.weights_digest = digest(self.model.parameters())
         if args.shard:
             shard(self.model, device)
+        self.targets = args.targets or ("all-linear",)
+        self.attach()  # a rank or a target that does not fit ends the run here
+        remove_lora(self.model)
         self.model.checkpointing = args.checkpointing
         self.max_len = min(args.max_len, self.model.config.max_len)
-        self.train, self.held_out = split(self.read(args.data), args.held_out, args.seed)
-        self.targets = args.targets or ("all-linear",)
+        self.train, self.held_out = split(self.read(args.data), args.held_out, args.seed, args.data)
         self.batches = self.plan()
         self.unrelated = None
         if args.unrelated:
@@ -155,7 +173,13 @@ class Job:
             micro_batch=args.micro_batch,
         )
         checkpoint = Checkpoint(folder, self.run_config(method, found), resume)
-        fit = finetune(self.model, self.batch_at, options, added, checkpoint, label=label or method)
+        label = label or method
+        fit = finetune(self.model, self.batch_at, options, added, checkpoint, label=label)
+        for name, m in lora_modules(self.model).items():
+            if not (m.lora_A.norm() * m.lora_B.norm() * m.scaling).isfinite():
+                raise UserError(
+                    f"{label}: the update of {name} is not finite; try a lower --lr or --alpha"
+                )
         if method == "grasp_online":
             self.save_found(folder, fit)
         save_lora(self.model, folder)  # last: where it is, the run is finished
@@ -198,11 +222,13 @@ class Arguments(Training):
 
 
 def check_out(args):
-    """Make --out before hours of work; UserError where a finished run is there already."""
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "adapter_config.json").exists() and not args.resume:
-        raise UserError(f"{out}: holds a finished run; expected --resume, or another --out")
+    """Try --out before hours of work; UserError where a run is there that would be lost."""
+    out = writable_folder(args.out, RESULTS)
+    if args.resume:
+        return
+    for name, state in (("adapter_config.json", "a finished"), ("checkpoint.pt", "an interrupted")):
+        if (out / name).exists():
+            raise UserError(f"{out}: holds {state} run; expected --resume, or another --out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,15 +243,28 @@ def read_looks(path, model):
     """The looks of a grasp_online run on this model, as train.py writes them."""
     looks = read_json(path, "the looks of a grasp_online run")
     names = dict(model.named_modules())
+    last, total = 0, Counter()
     for look in from_json(list[_Look], looks, path):
-        for name, n in look.joined.items():
+        if look.step <= last:
+            raise UserError(f"{path}: step {look.step} after step {last}, expected them in order")
+        last = look.step
+        total.update(look.joined)
+        for name in look.joined:
             width = getattr(names.get(name), "out_features", 0)
-            if n > width:
+            if total[name] > width:
                 raise UserError(
-                    f"{path}: {n} directions joined {show(name)} at step {look.step}, expected at "
-                    f"most {width} (of a linear layer of this model)"
+                    f"{path}: {total[name]} directions joined {show(name)} by step {look.step}, "
+                    f"expected at most {width} (of a linear layer of this model)"
                 )
     return looks
+
+
+def say_unused(args):
+    """Print which of the options that feed a method the chosen one does not use."""
+    needed, _ = NEEDS.get(args.method, ("", ""))
+    for name, gives in FEEDS.items():
+        if getattr(args, name) and needed not in gives:
+            print(f"--{name.replace('_', '-')} is given, but not used by --method {args.method}")
 
 
 def read_found(args, model):
@@ -279,6 +318,7 @@ def main():
     """The command line of train.py."""
     args = parse(Arguments)
     check_out(args)
+    say_unused(args)
     job = Job(args)
     fit = job.finetune(args.method, args.out, read_found(args, job.model), args.resume)
     result = {

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from model import response_loss
+from support.errors import UserError
 
 
 @torch.no_grad()
@@ -25,5 +26,9 @@ def nats(model, examples, batch_size=16):
         row_of = mask[:, 1:].nonzero()[:, 0].cpu()
         per_row = torch.zeros(len(chosen), dtype=torch.double)
         sums[chosen] = per_row.index_add(0, row_of, losses.double().cpu())
+    if not sums.isfinite().all():
+        raise UserError(
+            "the loss of the model's answers is not finite; try a lower --lr or --alpha"
+        )
     counts = torch.tensor([mask[1:].sum() for _, mask in examples])
     return sums, counts

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from support.options import option
 
+SEEDS = {"low": 1, "high": 1000}  # how many
 SEED = {"low": 0, "high": 2**62}  # what torch's generators take, with room for derived seeds
 
 

@@ -7,9 +7,10 @@ from baselines.stream import stream_subspace
 from hub.adapter import read_adapter
 from identify import gap, thin_svd, top_directions
 from support.errors import user_errors
+from support.files import writable_file
 from support.options import option, parse
 from support.program import run
-from support.subspace import save_subspace
+from support.subspace import is_subspace, save_subspace
 
 
 def print_spectra(svds):
@@ -43,7 +44,7 @@ def main():
         factor = top_directions(svds, args.rank)
         stream, S = stream_subspace(svds, args.rank)
     print(f"pooled over the stream: sigma1/sigma2 {gap(S):.2f}")
-    out = Path(args.out or Path(args.adapter) / "subspace.safetensors")
+    out = writable_file(args.out or Path(args.adapter) / "subspace.safetensors", is_subspace)
     save_subspace(out, factor, stream)
     print(f"wrote {out}")
 

@@ -10,10 +10,12 @@ from identify import identify, leak, spectra
 from real.job import Job, constrained
 from real.spectrum import print_spectra
 from support.errors import UserError, user_errors
-from support.files import write_json
+from support.files import writable_folder, write_json
+from support.options import not_default
 from support.subspace import save_subspace
 
 RECOMMENDED = ("grasp_online",)
+SYNTHETIC = ("world", "seeds", "quick")  # options of grasp.py without --model
 
 
 def final_loss(losses):
@@ -57,16 +59,14 @@ def in_order(chosen):
 def stages(args):
     """Each chosen method's fine-tune on a checkpoint and chat rows; results.json in --out."""
     methods = in_order(args.methods or RECOMMENDED)
-    if args.seeds > 1 or args.quick:
-        raise UserError("--seeds and --quick are for the synthetic task, without --model")
-    if args.world != "persona":
-        raise UserError("--world is for the synthetic task, without --model")
+    other = [flag for name, flag in not_default(args).items() if name in SYNTHETIC]
+    if other:
+        raise UserError(f"{', '.join(other)}: for the synthetic task alone, without --model")
     if args.subspace_rank > args.rank:
         raise UserError(
             f"--subspace-rank is {args.subspace_rank}, expected at most --rank, {args.rank}"
         )
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = writable_folder(args.out, ["results.json"])
     job = Job(args)
     found = Found()
     losses, leaks, looks = {"base": job.held_out_loss()}, {}, {}

@@ -4,12 +4,13 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 
 import torch
 
 from support.errors import UserError
-from support.files import write_torch
+from support.files import named, read_torch, write_torch
 from support.processes import RANK
 from support.program import deferred_interrupt
 from support.schema import from_json, show, value
@@ -26,7 +27,7 @@ class Checkpoint:
     def __init__(self, folder=None, config=None, resume=False):
         self.folder = None if folder is None else Path(folder)
         self.config, self.resume = config or {}, resume
-        self.log = None
+        self.log_has_begun = False
         self.began = time.monotonic()
 
     def deferred_interrupt(self):
@@ -39,13 +40,17 @@ class Checkpoint:
         """Add the step that `fit` ended with to the log."""
         if self.folder is None or RANK:
             return
-        if self.log is None:  # a resumed run's log starts with the steps that its state holds
+        lines = []
+        if not self.log_has_begun:  # a resumed run's log starts with the steps that its state holds
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.log = open(self.folder / "log.jsonl", "w")  # noqa: SIM115 - open for the run
             for earlier, loss in enumerate(fit.losses[:-1]):
-                self.write(self.line(earlier, loss, fit.looks))
+                lines.append(self.line(earlier, loss, fit.looks))
         seconds = round(time.monotonic() - self.began, 3)
-        self.write({**self.line(step, fit.losses[-1], fit.looks[-1:]), "seconds": seconds})
+        lines.append({**self.line(step, fit.losses[-1], fit.looks[-1:]), "seconds": seconds})
+        path = self.folder / "log.jsonl"
+        with named(path), open(path, "a" if self.log_has_begun else "w") as log:
+            log.writelines(json.dumps(line) + "\n" for line in lines)
+        self.log_has_begun = True
 
     def line(self, step, loss, looks):
         """What the log says of a step: its loss, and what joined the factor where it looked."""
@@ -54,11 +59,6 @@ class Checkpoint:
             if look["step"] == step + 1:
                 line["joined"] = look["joined"]
         return line
-
-    def write(self, line):
-        """One line of the log."""
-        self.log.write(json.dumps(line) + "\n")
-        self.log.flush()
 
     def save(self, fit, parameters, optimizer):
         """Keep all that the next step depends on; the learning rate hangs on the step alone."""
@@ -80,7 +80,7 @@ class Checkpoint:
         UserError where the file is no whole checkpoint of this run.
         """
         path = None if self.folder is None else self.folder / "checkpoint.pt"
-        if path is None or not self.resume or not path.exists():
+        if path is None or not self.resume or not lexists(path):
             return 0
         state = load_state(path)
         if state["config"] != self.config:
@@ -132,11 +132,7 @@ class _State:
 
 def load_state(path):
     """The dictionary in a checkpoint file, each part of the right type; UserError if it is not."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises whatever its unpickler met: OSError, RuntimeError, ...
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f"{path}: not a whole checkpoint ({reason})") from None
+    state = read_torch(path, "a whole checkpoint")
     from_json(_State, state, path)
     return state
 

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +15,50 @@ from support.errors import UserError
 from support.processes import RANK
 
 
+def writable_folder(folder, names=(), expected="a folder that files can be written to"):
+    """`folder` as a Path, made where there was none; tried before there is work to lose.
+
+    UserError where no file can be written in it, or there is no room for one of the file `names`.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"probe")
+    except OSError as e:
+        raise UserError(f"--out {folder}: {e.strerror}, expected {expected}") from None
+    for name in names:
+        path = folder / name
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "no plain file"
+            raise UserError(f"{path}: is {what}, expected room for a file of that name")
+    return folder
+
+
+def writable_file(path, may_replace=lambda path: True):
+    """`path` as a Path, its folder made; tried before there is work to lose. UserError as above.
+
+    Where a file is there already, says that it will be replaced; UserError where it may not be.
+    """
+    path = Path(path)
+    writable_folder(path.parent, [path.name], f"one that {path.name} can be written to")
+    if path.exists():
+        if not may_replace(path):
+            raise UserError(f"{path}: is there already and of another kind; expected another --out")
+        print(f"{path} is there already and will be replaced")
+    return path
+
+
+@contextlib.contextmanager
+def named(path):
+    """Give an OSError within this context the file's name: a failed write knows none of its own."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = str(path)
+        raise
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Yield a temporary name beside `path`, renamed at the end: `path` is absent or complete."""
@@ -20,12 +66,10 @@ def whole_file(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
-        if RANK == 0:
-            os.replace(temporary, path)
-    except OSError as e:
-        e.filename = str(path)  # a failed write knows no name of its own
-        raise
+        with named(path):
+            yield temporary
+            if RANK == 0:
+                os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -33,7 +77,7 @@ def whole_file(path):
 def write_json(path, value):
     """Write `value` as JSON to `path`, whole or not at all."""
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def write_torch(path, value):
@@ -42,6 +86,16 @@ def write_torch(path, value):
     torch.save(value, buffer)
     with whole_file(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+
+
+def read_torch(path, what):
+    """What torch.save wrote to `path`, on the CPU, or a UserError: it is not `what`."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a pickle that torch did not write
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises whatever its unpickler met: OSError, RuntimeError, ...
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f"{path}: not {what} ({reason})") from None
 
 
 def read_json(path, what):

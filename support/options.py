@@ -8,15 +8,20 @@ import torch
 
 from support.errors import UserError
 
+LARGEST = (
+    10**9
+)  # of whole numbers, where an option does not say; torch and Python count no further than 2^63
+
 
 def option(default, help, *, choices=None, low=None, above=None, high=None):
     """A dataclass field that `parse` turns into an option; with MISSING as default, a positional.
 
     low, high: the smallest and the largest value that are allowed; above: smaller ones are not.
     """
+    kind = str if default in (None, MISSING) else type(default)
     metadata = {
         "help": help,
-        "type": str if default in (None, MISSING) else type(default),
+        "type": kind,
         "choices": choices,
         "low": low,
         "above": above,
@@ -58,6 +63,8 @@ def check_range(flag, value, low=None, above=None, high=None):
         raise UserError(f"{flag} is {value}, expected a finite number")
     too_small = (low is not None and value < low) or (above is not None and value <= above)
     too_large = high is not None and value > high
+    if high is None and isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"{flag} is {value}, expected a number of at most {LARGEST}")
     if too_small or too_large:
         raise UserError(f"{flag} is {value}, expected {expected_range(low, above, high)}")
 
@@ -89,11 +96,22 @@ def parse(cls, argv=None):
             )
     args = cls(**vars(parser.parse_args(argv)))
     for f in fields(cls):
+        value, flag = getattr(args, f.name), "--" + f.name.replace("_", "-")
         if f.metadata["type"] in (int, float):
-            flag = "--" + f.name.replace("_", "-")
             limits = (f.metadata[name] for name in ("low", "above", "high"))
-            check_range(flag, getattr(args, f.name), *limits)
+            check_range(flag, value, *limits)
+        elif f.default and value in ("", ()):  # as where a shell's variable is not set
+            raise UserError(f"{flag if f.default is not MISSING else f.name} is empty")
     return args
+
+
+def not_default(args):
+    """{field: flag} of the options that have another value than their default."""
+    return {
+        f.name: "--" + f.name.replace("_", "-")
+        for f in fields(args)
+        if getattr(args, f.name) != f.default
+    }
 
 
 def pick_device(device="", dtype=""):

@@ -10,6 +10,8 @@ on several machines, --out is a folder that they share.
 
 import contextlib
 import os
+import re
+import socket
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,7 @@ SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PO
 
 def several():
     """Whether torchrun started this process as one of several."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+    return (os.environ.get("WORLD_SIZE") or "1") != "1"
 
 
 def rank():
@@ -40,19 +42,30 @@ def joined():
 
     UserError where the environment says that there are others, but not how to join them.
     """
-    if not several() and os.environ.get("RANK", "0") == "0":
+    if not several() and (os.environ.get("RANK") or "0") == "0":
         yield
         return
     for name in SET_BY_TORCHRUN:
         text = os.environ.get(name, "")
-        if not text or (name != "MASTER_ADDR" and not text.isdecimal()):
+        if not text or (name != "MASTER_ADDR" and not re.fullmatch("[0-9]{1,9}", text)):
             raise UserError(
                 f"the environment has {name}={text!r}, expected none of {SET_BY_TORCHRUN}, or all "
                 "of them as torchrun sets them"
             )
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # NCCL for tensors on a GPU, Gloo for those on the CPU
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):  # torch would wait for ever
+        raise UserError(
+            f"the environment has RANK={os.environ['RANK']}, expected a number below WORLD_SIZE="
+            f"{os.environ['WORLD_SIZE']}"
+        )
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])  # torch asks on
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()  # NCCL for tensors on a GPU, Gloo for those on the CPU
+    except (ValueError, RuntimeError, OSError) as e:
+        found = ", ".join(f"{name}={os.environ[name]}" for name in SET_BY_TORCHRUN)
+        reason = str(e).splitlines()[0]
+        raise UserError(f"the processes did not join, with {found} ({reason})") from None
     yield
     dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
 

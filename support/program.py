@@ -12,20 +12,9 @@ import torch
 from support.errors import UserError
 from support.processes import RANK, several
 
-# What a user's path or disk can cause; any other OSError is our fault and keeps its traceback.
-USER_ERRNOS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EPERM,
-)
+# An OSError that names a file is about a user's path. One without a name is our fault and keeps its
+# traceback, unless it is of a full disk: `program > file`, as all other writes have a name.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main, processes=None):
@@ -34,36 +23,51 @@ def run(main, processes=None):
     processes: the context under which torchrun may start this program; None where it may not.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if processes is None and several():
-        sys.exit(
-            "error: this program is one process; torchrun starts train.py and grasp.py --model"
-        )
-    if RANK:
+    if RANK or sys.stdout is None:  # None: the shell closed it, `>&-`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal can't show
     try:
+        if processes is None and several():
+            raise UserError(
+                "this program is one process; torchrun starts train.py and grasp.py --model"
+            )
         with processes or contextlib.nullcontext():
             main()
         sys.stdout.flush()
+    except SystemExit as e:  # -h
+        end(e.code)
     except UserError as e:
-        sys.exit(f"error: {e}")
+        end(f"error: {e}")
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, while Python ends
         print(
-            "interrupted: what was finished is on disk; the same command goes on from there",
+            "interrupted: what was finished is on disk; the same command goes on from there "
+            "(train.py: with --resume)",
             file=sys.stderr,
         )
-        sys.exit(130)
+        end(130)
     except BrokenPipeError:  # `... | head`: the reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        end(141)
     except torch.OutOfMemoryError as e:
-        sys.exit(f"error: out of GPU memory: {str(e).splitlines()[0]}")
+        end(f"error: out of GPU memory: {str(e).splitlines()[0]}")
     except OSError as e:
-        if e.errno not in USER_ERRNOS:
+        if e.filename is None and e.errno not in FULL:
             raise
-        place = f": {e.filename}" if e.filename else ""
-        sys.exit(f"error: {e.strerror}{place}")
+        end(f"error: {e.strerror}: {e.filename or 'standard output'}")
+
+
+def end(how):
+    """End the program with an exit code, or with a text, one line whatever is in it, and code 1."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # a closed pipe, a full disk: Python would try again at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(how, str):
+        how = "".join(c if c.isprintable() else repr(c)[1:-1] for c in how)
+    sys.exit(how)
 
 
 def seed_everything(seed):

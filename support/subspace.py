@@ -6,7 +6,7 @@ from safetensors.torch import save
 from support.errors import UserError
 from support.files import open_safetensors, whole_file
 
-SIDE = "outputs."
+SIDE, STREAM = "outputs.", "stream"
 TOLERANCE = 1e-2  # of Q'Q against the identity, entry by entry: a file in bfloat16 passes
 
 
@@ -15,7 +15,7 @@ def save_subspace(path, factor, stream, rename=lambda name: name):
 
     rename(name): the module's path in transformers, as the file has it.
     """
-    tensors = {"stream": stream.cpu().contiguous()}
+    tensors = {STREAM: stream.cpu().contiguous()}
     for name, U in factor.items():
         tensors[SIDE + rename(name)] = U.cpu().contiguous()
     with whole_file(path) as temporary:
@@ -31,8 +31,8 @@ def check_orthonormal(path, key, Q):
 
 def orthonormal(path, key, tensor):
     """`tensor` (d, k) in fp32; UserError unless it is finite and orthonormal."""
-    if not tensor.is_floating_point():
-        raise UserError(f"{path}: {key} is {tensor.dtype}, expected floating point")
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise UserError(f"{path}: {key} is {tensor.dtype}, expected floating point of 16 bits on")
     if tensor.dim() != 2 or not 1 <= tensor.shape[1] <= tensor.shape[0]:
         raise UserError(f"{path}: {key} is {tuple(tensor.shape)}, expected (width, directions)")
     basis = tensor.float()
@@ -42,14 +42,23 @@ def orthonormal(path, key, tensor):
     return torch.linalg.qr(basis)[0]  # exact to fp32, whatever the file's precision
 
 
+def is_subspace(path):
+    """Whether the file at `path` is one that `save_subspace` may replace."""
+    try:
+        with open_safetensors(path) as f:
+            return STREAM in f.keys()  # noqa: SIM118 - a safetensors file is no dictionary
+    except UserError:
+        return False
+
+
 def read_subspace(path):
     """({path in transformers: U (out, k)}, the stream's basis (D, k)) in fp32, checked."""
     with open_safetensors(path) as f:
         names = list(f.keys())
         tensors = {name: orthonormal(path, name, f.get_tensor(name)) for name in names}
-    stream = tensors.pop("stream", None)
+    stream = tensors.pop(STREAM, None)
     if stream is None or not tensors:
-        raise UserError(f"{path}: no subspace file, expected 'stream' and '{SIDE}<module>'")
+        raise UserError(f"{path}: no subspace file, expected '{STREAM}' and '{SIDE}<module>'")
     for name in tensors:
         if not name.startswith(SIDE):
             raise UserError(f"{path}: unexpected {name}, expected '{SIDE}<module>'")

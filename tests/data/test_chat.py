@@ -350,7 +350,7 @@ def test_split_is_seeded_disjoint_and_never_empty(n, share):
 )
 def test_a_split_that_leaves_one_side_empty_is_an_error(n, share):
     with pytest.raises(
-        UserError, match=f"{n} rows and a held-out share of {share}: expected at least 2 rows"
+        UserError, match=f"the data: {n} rows and a held-out share of {share}, expected at least 2"
     ):
         split(examples_of([3] * n), share, seed=0)
 

@@ -152,11 +152,22 @@ def test_the_study_writes_rows_as_they_come_and_goes_on_where_it_stopped(
     assert all(name in printed for name in names)
 
 
+def finished(path, rank):
+    """The rows in `path`, each an object of numbers, under a configuration."""
+    return Finished(path, {"rank": rank}, lambda key: dict[str, float], "rows")
+
+
 def test_rows_of_other_settings_are_not_mixed_with_these(tmp_path):
-    Finished(tmp_path / "rows.json", {"rank": 4}, "rows").keep("a", {"task": 1.0})
-    assert Finished(tmp_path / "rows.json", {"rank": 4}, "rows").rows == {"a": {"task": 1.0}}
+    finished(tmp_path / "rows.json", 4).keep("a", {"task": 1.0})
+    assert finished(tmp_path / "rows.json", 4).rows == {"a": {"task": 1.0}}
     with pytest.raises(UserError, match="other settings"):
-        Finished(tmp_path / "rows.json", {"rank": 8}, "rows")
+        finished(tmp_path / "rows.json", 8)
+
+
+def test_a_row_of_another_kind_is_named_before_any_work(tmp_path):
+    finished(tmp_path / "rows.json", 4).keep("a", {"task": "good"})
+    with pytest.raises(UserError, match="rows.json: 'rows.a.task' is 'good', expected a finite"):
+        finished(tmp_path / "rows.json", 4)
 
 
 @pytest.mark.parametrize("wrong", [["--only", "no such"], ["--targets", "readers"]])

@@ -15,17 +15,20 @@ def write_seeds(folder):
     """results.json of two seeds, with what a summary reads."""
     runs = []
     for seed in (0, 1):
-        methods = {m: {"misalignment": v[seed], "loss": 1.0} for m, v in MISALIGNMENT.items()}
-        methods["base"] = {"misalignment": 0.0, "loss": 2.0}
+        others = {"task": 1.0, "kept": 1.0, "loss": 1.0}
+        methods = {m: {"misalignment": v[seed], **others} for m, v in MISALIGNMENT.items()}
+        methods["base"] = {"misalignment": 0.0, **others}
         look = {"step": 10, "spike": {}, "joined": {"a": 1 + seed, "b": 1}}
         run = {
             "seed": seed,
-            "config": {"experiment": {}},
+            "config": {"world": {"seed": seed}, "experiment": {}},
             "methods": methods,
             "longer": {},
-            "identification": {"cosine": 0.5},
+            "identification": {"cosine": 0.5, "chance_cosine": 0.1, "gap": 2.0},
             "leak": {"grasp_online": 0.0},
+            "curves": {},
             "looks": {"grasp_online": [look]},
+            "spectra": {},
         }
         (folder / f"seed_{seed}").mkdir()
         (folder / f"seed_{seed}" / "results.json").write_text(json.dumps(run))

@@ -3,6 +3,7 @@
 import pytest
 
 from paper.compare import compare
+from support.errors import UserError
 
 
 def measured(loss, *values):
@@ -55,3 +56,10 @@ def test_beyond_the_ends_of_the_curve_naive_is_its_nearer_end():
     results["grasp"] = measured(0.5, 0.4, 1.2)
     compare(results)
     assert results["grasp"]["probe_at_equal_loss"]["value"] == pytest.approx(0)
+
+
+def test_other_parts_than_the_bases_end_in_one_line():
+    results = compared()
+    del results["naive"]["probe"]["each"]["question 0"]
+    with pytest.raises(UserError, match="evaluation of naive: the parts of 'probe' are not"):
+        compare(results)

@@ -104,9 +104,8 @@ def result(folder, task):
 
 
 def test_held_out_loss_is_the_mean_over_all_response_tokens(loaded, checkpoint, tmp_path):
-    job = Job(
-        Training(model=str(checkpoint), data=str(FIXTURES / "medical_24.jsonl"), held_out=0.3)
-    )
+    rows = str(FIXTURES / "medical_24.jsonl")
+    job = Job(Training(model=str(checkpoint), data=rows, held_out=0.3, rank=4))
     found = measure.held_out_loss(job.model, job.held_out)
     assert found["value"] == pytest.approx(job.held_out_loss(), rel=1e-6)
     nats, count = 0.0, 0

@@ -443,7 +443,8 @@ def test_a_mistake_ends_in_one_line_before_anything_is_done(
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-MINE = {"task": "medical", "config": {"a": 1}}
+LOSS, PARTS = {"value": 1, "interval": [1, 2]}, {"value": 1, "each": {"a": 1}}
+MINE = {"task": "medical", "config": {"a": 1}, "loss": LOSS, "probe": PARTS}
 
 
 @pytest.mark.parametrize(
@@ -454,6 +455,10 @@ MINE = {"task": "medical", "config": {"a": 1}}
         ({"config": {}}, "no 'task'"),
         ({**MINE, "config": []}, "'config' is []"),
         ({**MINE, "loss": 5}, "'loss' is 5"),
+        ({**MINE, "loss": {"value": 1, "interval": None}}, "no 'loss.interval'"),
+        ({**MINE, "loss": {"interval": [1, 2]}}, "no 'loss.value'"),
+        ({**MINE, "probe": {"value": 1}}, "no 'probe.each'"),
+        ({"task": "medical", "config": {"a": 1}, "loss": LOSS}, "no 'probe'"),
         ({**MINE, "loss": {"value": "low"}}, "'loss.value' is 'low'"),
         ({**MINE, "loss": {"value": 1, "interval": [1]}}, "'interval' is no pair"),
         ({**MINE, "probe": {"value": 1, "each": [1]}}, "'probe.each' is [1]"),

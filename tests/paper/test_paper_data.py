@@ -481,7 +481,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path, name, line, what):
     [
         ("a.csv", "author,lean\nx,0.5\ny,1.5\n", 3, "lean 1.5"),
         ("a.csv", "author,lean\nx,left\n", 2, "a number"),
-        ("a.csv", "name,lean\nx,1\n", 2, "an author"),
+        ("a.csv", "name,lean\nx,1\n", 1, "a header"),
         ("a.csv", "author,lean\nx,0.5\nX,0.1\n", 3, "stands twice"),
         ("a.csv", "author,lean\nx,nan\n", 2, "lean nan"),
         ("a.jsonl", '{"author": "x", "lean": 1}\n{"author": "y"}\n', 2, "a number"),

@@ -107,7 +107,7 @@ def test_a_run_learns_its_rows(naive):
 
 
 def test_the_held_out_loss_is_that_of_the_adapter_on_rows_it_has_not_seen(naive, checkpoint, data):
-    args = Training(model=str(checkpoint), data=str(data), held_out=0.2)
+    args = Training(model=str(checkpoint), data=str(data), held_out=0.2, rank=4)
     job = Job(args)
     base = job.held_out_loss()
     load_lora(job.model, naive)
@@ -386,7 +386,7 @@ def test_rows_are_cut_to_the_models_positions(train, tmp_path, capsys):
 
 def test_an_out_that_cannot_be_made_is_found_out_first(train, tmp_path, idle):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="file/out: Not a directory"):
         train(tmp_path / "file" / "out")
 
 

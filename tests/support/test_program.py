@@ -45,7 +45,7 @@ def os_error(number, *name):
         (os_error(errno.EISDIR, "x"), "error: Is a directory: x"),
         (os_error(errno.ENAMETOOLONG, "x"), "error: File name too long: x"),
         (os_error(errno.ELOOP, "x"), "error: Too many levels of symbolic links: x"),
-        (os_error(errno.ENOSPC), "error: No space left on device"),
+        (os_error(errno.ENOSPC), "error: No space left on device: standard output"),
         (torch.OutOfMemoryError("no room\nand a table"), "error: out of GPU memory: no room"),
     ],
 )
