@@ -21,7 +21,7 @@ from model import GPT
 from real.settings import SEEDS, Training
 from support.errors import user_errors
 from support.options import option, parse
-from support.processes import joined
+from support.processes import process_group
 from support.program import run
 from train import Optimisation, finetune
 
@@ -175,11 +175,15 @@ def settings(args, seed):
 
 @dataclass(frozen=True)
 class Arguments(Training):
-    """The whole method: on the synthetic task, or on a checkpoint (--model) and rows (--data)."""
+    """The whole method: on the synthetic task, or on a checkpoint (--model) and rows (--data).
+
+    The synthetic task has settings of its own, `Toy` in grasp.py. Of these options it takes --out,
+    --targets (default: o_proj,down_proj), --seed, --seeds, --methods, --world and --quick.
+    """
 
     world: str = option("persona", "the synthetic world, of data/worlds.py", choices=tuple(WORLDS))
     seeds: int = option(1, "how many seeds, each in a folder of its own", **SEEDS)
-    methods: tuple = option((), "comma-separated, beside naive, grasp, grasp_online (default: all)")
+    methods: tuple = option((), "comma-separated (default: all; with --model, grasp_online)")
     subspace_rank: int = option(
         1, "directions of each module that are identified, with --model", low=1
     )
@@ -202,4 +206,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, joined())
+    run(main, process_group())

@@ -44,7 +44,7 @@ class Recipe:
     """What a method adds to the loop. Without any of it, the loop is a naive fine-tune."""
 
     factor: dict = field(default_factory=dict)  # {module: U (out, k)}: GRASP keeps dW off it
-    hold: bool = True  # False: project the gradient alone
+    project_B: bool = True  # False: project the gradient alone
     look: Callable | None = None  # look(step, svds) -> the directions that join the factor there
     look_every: int = 10  # steps
     penalty: Callable | None = None  # penalty() -> a further term of the loss
@@ -58,7 +58,7 @@ class Fit:
 
     losses: list  # nats a token, one a step
     looks: list  # {"step", "spike": {module: ...}, "joined": {module: directions}}, one a look
-    factor: dict  # {module: U (out, k)}: what the update was kept off in the end
+    factor: dict  # {module: U (out, k)}: what the update is kept off; naive: nothing
 
 
 def project_(X, Q):
@@ -124,7 +124,7 @@ def finetune(model, batch_at, options, recipe=None, checkpoint=None, each=None, 
             optimizer.step()
             # GRASP, 2: AdamW divides each coordinate by its own second moment, which turns a
             # projected gradient into a step that is not. So B is projected too.
-            if recipe.hold:
+            if recipe.project_B:
                 keep_off_(modules, fit.factor)
             # GRASP online (ours): look at B; what stands out joins the factor, from here on.
             if recipe.look is not None and (step + 1) % recipe.look_every == 0:

@@ -1,6 +1,6 @@
 """The methods, each as what it adds to the one fine-tuning loop; all use the same found directions.
 
-To add a method of your own: its name in METHODS, a branch in `recipe`, a look in
+To add a method of your own: its name in METHODS, a branch in `recipe`, a style in
 experiments/figures.py. docs/methods.md goes through an example.
 """
 
@@ -43,15 +43,26 @@ class Found:
     nulls: dict | None = None  # {module: S (r,)}, what a look sees of the inputs alone
 
 
-NEEDS = {
+NEEDS = {  # {method: (a field of Found, in words for a user)}
     "grasp": ("factor", "the directions found in a naive run (--subspace)"),
     "grasp_gradient_only": ("factor", "the directions found in a naive run (--subspace)"),
     "grasp_random": ("looks", "the looks of a run of grasp_online (--looks)"),
     "ablate_train": ("stream", "the directions found in a naive run (--subspace)"),
+    "ablate_inference": ("stream", "the directions found in a naive run (--subspace)"),
     "steer_train": ("stream", "the directions found in a naive run (--subspace)"),
     "kl": ("unrelated", "rows of unrelated prompts (--unrelated)"),
     "early_stop": ("loss", "a loss to stop at (--until-loss)"),
 }
+GIVES = {"naive": ("factor", "stream"), "grasp_online": ("looks", "loss")}  # {method: of Found}
+
+
+def runs_before(method):
+    """The method whose finished run gives what `method` needs; None where it needs no run."""
+    needed, _ = NEEDS.get(method, ("", ""))
+    for earlier, gives in GIVES.items():
+        if needed in gives:
+            return earlier
+    return None
 
 
 def check(methods):
@@ -79,7 +90,7 @@ def recipe(method, model, batch, found=None, seed=0):
     if method == "grasp_random":
         return Recipe(look=replay(found.looks, seed))
     if method == "grasp_gradient_only":  # parameters are not projected: what leaks, does it matter?
-        return Recipe(factor=found.factor, hold=False)
+        return Recipe(factor=found.factor, project_B=False)
     if method == "ablate_train":
         return Recipe(during=ablation(model, found.stream))
     if method == "steer_train":

@@ -12,7 +12,7 @@ import numpy as np
 from identify import null_quantile
 from support.files import whole_file
 
-LOOKS = {  # colour, marker, label
+STYLES = {  # colour, marker, label
     "base": ("#999999", "X", "base, before fine-tuning"),
     "naive": ("#000000", "o", "naive LoRA"),
     "grasp": ("#0072B2", "s", "GRASP (abstract: one look)"),
@@ -33,7 +33,7 @@ OTHER = ("#999999", ".")  # of a method that has no look of its own yet
 
 def look_of(method):
     """(colour, marker, label) of a method."""
-    return LOOKS.get(method, (*OTHER, method))
+    return STYLES.get(method, (*OTHER, method))
 
 
 def save(figure, path):

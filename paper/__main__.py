@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-from baselines.methods import METHODS, Found, check
+from baselines.methods import METHODS, Found, check, runs_before
 from baselines.stream import stream_subspace
 from data.chat import load_rows, split
 from identify import identify, spectra
@@ -37,14 +37,6 @@ DEFAULT = (
     "grasp",
     "grasp_online",
     "grasp_random",
-    "ablate_train",
-    "ablate_inference",
-    "steer_train",
-)
-# Methods that use the directions found in the naive run's weights.
-ON_DIRECTIONS = (
-    "grasp",
-    "grasp_gradient_only",
     "ablate_train",
     "ablate_inference",
     "steer_train",
@@ -132,17 +124,15 @@ def directions(job, folder, rank):
 
 def found_for(job, method, folder, rank):
     """The Found that `method` uses; what it builds upon is trained where it is not there yet."""
-    if method in ON_DIRECTIONS:
+    before = runs_before(method)
+    if before == "naive":
         factor, stream = directions(job, folder, rank)
         return Found(factor=factor, stream=stream)
-    if method == "grasp_random":  # at grasp_online's looks, as many directions
-        fit(job, "grasp_online", folder / "grasp_online")
-        return Found(
-            looks=read_looks(folder / "grasp_online" / "looks.json", remove_lora(job.model))
-        )
-    if method == "early_stop":  # where grasp_online's training ended
-        fit(job, "grasp_online", folder / "grasp_online")
-        return Found(loss=final_loss(folder / "grasp_online"))
+    if before == "grasp_online":
+        online = folder / before
+        fit(job, before, online)
+        looks = read_looks(online / "looks.json", remove_lora(job.model))
+        return Found(looks=looks, loss=final_loss(online))
     return Found()
 
 

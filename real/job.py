@@ -23,7 +23,7 @@ from support.checkpoint import Checkpoint
 from support.errors import UserError, user_errors
 from support.files import read_json, writable_folder, write_json
 from support.options import option, parse, pick_device
-from support.processes import joined, shard
+from support.processes import process_group, shard
 from support.program import run
 from support.schema import from_json, show, value
 from support.subspace import load_subspace, save_subspace
@@ -218,6 +218,7 @@ class Arguments(Training):
     method: str = option("grasp_online", "what is added to the loop", choices=METHODS)
     subspace: str = option("", "file of found directions that identify.py writes, for grasp, ...")
     looks: str = option("", "looks.json of a grasp_online run, for grasp_random")
+    until_loss: float = option(0.0, "the training loss at which early_stop ends", low=0)
     resume: bool = option(False, "continue the run in --out, bit for bit")
 
 
@@ -338,4 +339,4 @@ def main():
 
 def program():
     """The command line, with its errors in one line each; torchrun may start it."""
-    run(main, joined())
+    run(main, process_group())

@@ -19,7 +19,8 @@ class Training:
     data: str = option("", 'JSONL file of chat rows, {"messages": [...]} each')
     out: str = option("out", "output folder")
     targets: tuple = option(
-        (), "comma-separated path endings, as PEFT takes them, or all-linear (default: all-linear)"
+        (),
+        "comma-separated path endings, as PEFT takes them (default: all-linear, every projection)",
     )
     rank: int = option(32, "rank of the LoRA", low=1)
     alpha: float = option(64.0, "numerator of the LoRA's scaling", above=0)
@@ -39,9 +40,10 @@ class Training:
     held_out: float = option(0.1, "share of rows kept for the held-out loss", above=0, high=0.9)
     look_every: int = option(10, "steps between grasp_online's looks", low=1)
     unrelated: str = option("", "JSONL file of unrelated chat rows, for --method kl alone")
-    until_loss: float = option(0.0, "the training loss at which early_stop ends", low=0)
     shard: bool = option(
-        False, "under torchrun: each process holds a part of the frozen base, which need not fit"
+        False,
+        "train.py or grasp.py under torchrun: each process holds a part of the frozen base, which "
+        "need not fit",
     )
     checkpointing: bool = option(
         False, "recompute activations in backward: less memory, about a third more time"

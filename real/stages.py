@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
-from baselines.methods import METHODS, Found, check
+from baselines.methods import METHODS, Found, check, runs_before
 from baselines.stream import stream_subspace
 from identify import identify, leak, spectra
 from real.job import Job, constrained
@@ -48,11 +48,7 @@ def fit(job, method, folder, found, rank=1):
 def in_order(chosen):
     """The chosen methods in the order in which they build on one another, with what they need."""
     check(chosen)
-    needed = set(chosen)
-    if needed - {"naive", "grasp_online", "kl"}:
-        needed.add("naive")
-    if needed & {"grasp_random", "early_stop"}:
-        needed.add("grasp_online")
+    needed = {*chosen, *map(runs_before, chosen)}
     return [method for method in METHODS if method in needed]
 
 

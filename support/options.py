@@ -75,11 +75,12 @@ def parse(cls, argv=None):
     Its docstring is the program's description, its fields are the options. UserError for an option
     that is unknown, or a value of another type or out of its range.
     """
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = OneLineParser(description=cls.__doc__, formatter_class=formatter)
+    parser = OneLineParser(description=cls.__doc__)
     for f in fields(cls):
         kind, choices = f.metadata["type"], f.metadata["choices"]
         text = f.metadata["help"].replace("%", "%%")
+        if f.default not in (MISSING, "", (), False):
+            text += f" (default: {f.default})"
         flag = "--" + f.name.replace("_", "-")
         if f.default is MISSING:
             parser.add_argument(f.name, type=kind, help=text)

@@ -37,7 +37,7 @@ RANK = rank()
 
 
 @contextlib.contextmanager
-def joined():
+def process_group():
     """Join torchrun's other processes while the context lasts; without them, do nothing.
 
     UserError where the environment says that there are others, but not how to join them.

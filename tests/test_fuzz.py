@@ -29,7 +29,7 @@ from data.base import new_base
 from data.synthetic import World
 from experiments.report import of_methods, table
 from hub.adapter import Adapter, write_adapter
-from support.processes import joined
+from support.processes import process_group
 from support.program import run
 from support.progress import Progress
 
@@ -130,7 +130,7 @@ def ending(monkeypatch, program, *arguments):
     """How a program ends, as sys.exit is told: a message, an exit code, or None for a good end."""
     monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
     try:
-        run(PROGRAMS[program], joined() if program in ("train", "grasp") else None)
+        run(PROGRAMS[program], process_group() if program in ("train", "grasp") else None)
     except SystemExit as end:
         return end.code
     return None

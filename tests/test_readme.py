@@ -14,7 +14,7 @@ SUMMARIES = {
     "all": json.loads((ROOT / "docs/results/persona_all_linear.json").read_text()),
 }
 SIX = ("grasp.py", "model.py", "lora.py", "identify.py", "train.py", "eval.py")
-IN_README = ("base", "naive", "grasp", "grasp_online", "grasp_random", "kl")
+IN_README = ("naive", "grasp_gradient_only", "grasp", "grasp_online", "grasp_random", "kl")
 
 
 def cell(number):

@@ -77,7 +77,7 @@ def test_the_update_never_touches_the_factor(seed):
 def test_projecting_the_gradient_alone_leaks_under_adamw():
     model = fresh(8)
     factor = random_factor(model, 2)
-    fit(model, 40, Recipe(factor=factor, hold=False))
+    fit(model, 40, Recipe(factor=factor, project_B=False))
     assert leak(model, factor) > 0.02
 
 

@@ -9,6 +9,7 @@ from paper_helpers import FIXTURES, KEY, by_hash, write_checkpoint
 
 import paper.__main__ as program
 import train
+from baselines.methods import runs_before
 from baselines.stream import stream_subspace
 from data.chat import load_rows, split
 from experiments import figures
@@ -294,7 +295,7 @@ def test_every_method_is_trained_once_on_what_was_found_in_the_naive_run(files, 
     model = load_lora(GPT.from_pretrained(files["model"]), out / "seed_0" / "naive")
     stream, _ = stream_subspace(spectra(model))
     factor = identify(model)
-    on_directions = [found for method, _, found in seen if method in program.ON_DIRECTIONS]
+    on_directions = [found for method, _, found in seen if runs_before(method) == "naive"]
     assert len(on_directions) == 3
     for found in on_directions:
         assert same_span(found.stream, stream)

@@ -10,14 +10,14 @@ from toys import call, command
 
 from real.job import main
 from support.errors import UserError
-from support.processes import joined, my_rows, several
+from support.processes import my_rows, process_group, several
 
 TINY = """
 import sys; sys.path[:0] = ["tests", "."]
 import torch
 from identify import leak
 from lora import add_lora
-from support.processes import RANK, joined, shard
+from support.processes import RANK, process_group, shard
 from toys import fit, random_factor, tiny
 from train import Recipe
 
@@ -49,7 +49,7 @@ def main(out, sharded):
     }
     torch.save(found, f"{out}.{RANK}")
 
-with joined():
+with process_group():
     main(sys.argv[1], len(sys.argv) > 2)
 """
 DIES = """
@@ -208,7 +208,7 @@ def test_half_of_torchruns_environment_is_refused_in_one_line(environment, named
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError) as error, joined():
+    with pytest.raises(UserError) as error, process_group():
         pass
     assert named in str(error.value) and "\n" not in str(error.value)
 
@@ -221,6 +221,6 @@ def test_a_program_with_half_of_torchruns_environment_ends_in_one_line(tmp_path)
 
 def test_alone_a_process_keeps_all_rows():
     tokens, mask = torch.ones(3, 2), torch.ones(3, 2)
-    with joined():
+    with process_group():
         assert not several()
         assert my_rows(tokens, mask) == (tokens, mask)
