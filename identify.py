@@ -45,7 +45,7 @@ def identify(model, rank=1):
 
 
 def top_directions(svds, rank=1):
-    """{module name: U (out, rank)} of {module name: (U, S, V)}; ValueError where U is narrower."""
+    """{module name: U (out, rank)} of {module name: (U, S, V)}; ValueError where it has fewer."""
     for name, (_, S, _) in svds.items():
         if not 1 <= rank <= len(S):
             raise ValueError(f"subspace rank {rank}, but the LoRA on {name} has rank {len(S)}")

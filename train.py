@@ -102,7 +102,7 @@ def finetune(model, batch_at, options, recipe=None, checkpoint=None, each=None, 
     parameters = [p for m in modules.values() for p in (m.lora_A, m.lora_B)]
     optimizer, schedule = options.start(parameters)
     fit = Fit(losses=[], looks=[], factor=recipe.factor)
-    start = checkpoint.restore(fit, modules, optimizer, schedule)
+    start = checkpoint.restore(fit, recipe, modules, optimizer, schedule)
     progress = Progress(options.steps, label, start)
     stopped = False
     with recipe.during or contextlib.nullcontext(), checkpoint.deferred_interrupt() as interrupted:
@@ -113,14 +113,15 @@ def finetune(model, batch_at, options, recipe=None, checkpoint=None, each=None, 
             if recipe.penalty is not None:
                 (recipe.penalty() / n_processes()).backward()
             loss, stopped = add_up(parameters, loss, len(interrupted))
-            if not math.isfinite(loss):
-                raise UserError(f"{label}: loss {loss} at step {step}; try a lower --lr or --alpha")
 
             # GRASP, 1: the gradient takes no step along U, so that U' B = 0 as at the start, where
             # B = 0. Before clipping, so that the norm is that of what is left.
             for name, U in fit.factor.items():
                 project_(modules[name].lora_B.grad, U)
-            torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip).item()
+            if not math.isfinite(loss + norm):
+                found = f"loss {loss}, gradient's norm {norm}"
+                raise UserError(f"{label}: {found} at step {step}; try a lower --lr or --alpha")
             optimizer.step()
             # GRASP, 2: AdamW divides each coordinate by its own second moment, which turns a
             # projected gradient into a step that is not. So B is projected too.

@@ -8,6 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from support.errors import UserError
+from support.files import named
 from support.schema import from_json, value
 
 ROLES = ("system", "user", "assistant")
@@ -31,11 +32,11 @@ def load_rows(path):
     UserError names the file and the line of a malformed row.
     """
     try:
-        lines = Path(path).read_bytes().removeprefix(BYTE_ORDER_MARK).split(b"\n")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(
-            f"{path}: no such file, expected chat rows, one JSON object a line"
-        ) from None
+        with named(path):
+            lines = Path(path).read_bytes().removeprefix(BYTE_ORDER_MARK).split(b"\n")
+    except (FileNotFoundError, IsADirectoryError) as e:
+        found = "no such file" if isinstance(e, FileNotFoundError) else "is a folder"
+        raise UserError(f"{path}: {found}, expected chat rows, one JSON object a line") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():

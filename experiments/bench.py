@@ -34,7 +34,7 @@ from identify import joined, output_spectra, thin_svd, top_directions
 from lora import LoRALinear, add_lora, lora_modules, save_lora
 from model import GPT, Config, response_loss
 from support.errors import UserError
-from support.files import writable_file, write_json
+from support.files import has_keys, writable_file, write_json
 from support.options import option, parse
 from support.program import run, seed_everything
 from train import Optimisation, Recipe, finetune, keep_off_, look_entry
@@ -822,7 +822,7 @@ def main():
         chat_examples(args)  # a fault in a file ends the run here
     elif args.model:
         raise UserError("--model is for the rows of --data; expected both, or neither")
-    out = writable_file(args.out)
+    out = writable_file(args.out, has_keys("machine", "rows"))
     seed_everything(0)
     where = machine()
     print(f"{args}\n{where}, float32 on the CPU", flush=True)

@@ -182,7 +182,8 @@ def paper(results, harm, label, path, curve=()):
         for result in scored:
             pair = result["loss"], result[harm]
             x, y = (part["value"] for part in pair)
-            (left, right), (low, high) = (part["interval"] for part in pair)
+            intervals = [part.get("interval") or [part["value"]] * 2 for part in pair]
+            (left, right), (low, high) = intervals
             axis.errorbar(
                 x,
                 y,

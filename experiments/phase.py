@@ -128,15 +128,15 @@ def key_of(kind, K, rho, seed):
 class Linear:
     """A cell of the linear model, as the file has it."""
 
-    cosine: float = value()
-    bound: float = value()
+    cosine: float = value(low=0, high=1.0001)  # with room for rounding
+    bound: float = value(low=0, high=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
     """A cell of the toy GPT, as the file has it."""
 
-    cosine: float = value()
+    cosine: float = value(low=0, high=1.0001)
     naive: Rates = value()
     grasp: Rates = value()
     grasp_online: Rates = value()

@@ -7,7 +7,7 @@ import torch
 
 from baselines.methods import METHODS, check
 from experiments.figures import spectrum, tradeoff, training
-from experiments.results import read_results
+from experiments.results import check_alike, read_results
 from support.errors import UserError
 from support.files import writable_file, writable_folder, write_json
 from support.options import not_default
@@ -50,7 +50,9 @@ def one_seed(args, seed, methods, folder, settings, experiment):
     path = folder / "results.json"
     if args.seeds > 1 and path.exists():
         earlier = read_results(path)
-        if earlier["config"] == config and all(m in earlier["methods"] for m in methods):
+        if earlier["config"] != config:
+            raise UserError(f"{path}: was made with other settings; expected another --out")
+        if earlier["seed"] == seed and all(m in earlier["methods"] for m in methods):
             print(f"seed {seed}: {path} is there already")
             return of_methods(earlier, methods)
     writable_file(path)
@@ -84,9 +86,13 @@ def run_seeds(args, settings, experiment):
     check(chosen)
     methods = [m for m in METHODS if m in (*chosen, "naive", "grasp", "grasp_online")]
     out, runs = writable_folder(args.out, FIGURES), []
+    if args.seeds > 1:
+        for seed in range(args.seed, args.seed + args.seeds):
+            writable_folder(out / f"seed_{seed}", ["results.json"])
     for seed in range(args.seed, args.seed + args.seeds):
         folder = out if args.seeds == 1 else out / f"seed_{seed}"
         runs.append(one_seed(args, seed, methods, folder, settings, experiment))
+    check_alike({f"seed {run['seed']}": run for run in runs})
     print(table(runs))
     of_spectrum, of_training, of_tradeoff = FIGURES
     spectrum(runs[0], out / of_spectrum)

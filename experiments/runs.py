@@ -44,9 +44,9 @@ def train(bench, recipe, steps, each=None, label="fine-tune"):
 class Rates:
     """What tables and maps show of a run's measurements."""
 
-    task: float = value()
-    misalignment: float = value()
-    kept: float = value()
+    task: float = value(low=0, high=1)
+    misalignment: float = value(low=0, high=1)
+    kept: float = value(low=0, high=1)
 
 
 @dataclass(frozen=True, kw_only=True)

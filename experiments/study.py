@@ -283,7 +283,7 @@ def table(rows, variants, targets_names, seeds):
         lines.append(f"{targets_name:42}" + "".join(f"{title:>21}" for title in titles))
         for variant in variants:
             found = [rows[key_of(variant, targets_name, seed)] for seed in seeds]
-            cells = [cell([row[c] for row in found if c in row]) for c in columns]
+            cells = [cell([row[c] for row in found if row.get(c) is not None]) for c in columns]
             cells += [cell([row["longer"][c] for row in found]) for c in longer]
             lines.append(f"{variant.name:42}" + "".join(f"{text:>21}" for text in cells))
     return "\n".join(lines)

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from experiments.figures import profile
-from experiments.results import read_results
+from experiments.results import check_alike, read_results
 from support.errors import UserError
-from support.files import writable_file, write_json
+from support.files import has_keys, writable_file, write_json
 from support.options import option, parse
 from support.program import run
 
@@ -74,27 +74,16 @@ def summarise(runs):
 
 def read_seeds(paths):
     """The results in these files, by seed; UserError where one is not of the same experiment."""
-    runs = {}
+    runs, files = {}, {}
     for path in paths:
         result = read_results(path)
         if result["seed"] in runs:
             raise UserError(f"{path}: the seed {result['seed']} stands in another file, too")
-        runs[result["seed"]] = result
-        first = next(iter(runs.values()))
-        if settings(result) != settings(first):
-            raise UserError(
-                f"{path}: was made with other settings or methods than {paths[0]}, expected the "
-                "seeds of one experiment"
-            )
+        if "grasp_online" not in result["methods"]:
+            raise UserError(f"{path}: no method 'grasp_online', which the others are held against")
+        runs[result["seed"]] = files[path] = result
+    check_alike(files)
     return [runs[seed] for seed in sorted(runs)]
-
-
-def settings(result):
-    """What the results of different seeds share: the configuration, and what was measured."""
-    config = result["config"]
-    sections = ("methods", "longer", "identification", "leak")
-    world = {**config["world"], "seed": None}
-    return {**config, "world": world}, [result[section].keys() for section in sections]
 
 
 @dataclass(frozen=True)
@@ -108,15 +97,18 @@ class Arguments:
 def main():
     """The command line."""
     args = parse(Arguments)
-    paths = sorted(Path(args.folder).glob("seed_*/results.json"))
+    folders = sorted(Path(args.folder).glob("seed_*"))
+    paths = [folder / "results.json" for folder in folders]
     if not paths:
         raise UserError(
             f"{args.folder}: no seed_*/results.json, expected those of `grasp.py --seeds`"
         )
-    out = writable_file(args.out)
+    out = writable_file(args.out, has_keys("seeds", "methods"))
+    picture = writable_file(out.with_suffix(".png"))
+    if picture == out:
+        raise UserError(f"--out {out}: is the picture's name, expected one that ends in .json")
     summary = summarise(read_seeds(paths))
     write_json(out, summary)
-    picture = out.with_suffix(".png")
     profile(summary["methods"], picture)
     print(f"wrote {args.out} and {picture}: {len(paths)} seeds")
 

@@ -25,6 +25,7 @@ from real.settings import SEED, SEEDS
 from support.errors import UserError
 from support.options import option, parse
 from support.program import run
+from support.schema import Limits, from_json
 from train import Recipe
 
 RELIANCE = ("needs_factor", "needs_factor_new")
@@ -162,8 +163,13 @@ def measured_alike(rows, where):
     """UserError unless there are variants, the same in every row, and each has the same rates."""
     kinds = {tuple(row) for row in rows}
     rates = {frozenset(measured) - {"found"} for row in rows for measured in row.values()}
-    if len(kinds) != 1 or len(rates) != 1:
+    if len(kinds) != 1 or len(rates) != 1 or kinds == {()}:
         raise UserError(f"{where}: the rows do not have the same variants and rates")
+    for row in rows:
+        for variant, measured in row.items():
+            for name, rate in measured.items():
+                if name not in ("found", "loss", "seconds", "early"):
+                    from_json(float, rate, where, Limits(0, 1), f"{variant}.{name}")
 
 
 def table(rows):

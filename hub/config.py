@@ -69,6 +69,8 @@ class _Rope:
     rope_type: str = value("default", choices=("default",))
     type: str = value("default", choices=("default",))  # its older name
     partial_rotary_factor: float = value(1.0, choices=(1.0,))
+    full_attention: object = value(None, choices=(None,))  # another rotation for a type of layers
+    sliding_attention: object = value(None, choices=(None,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,7 @@ class _Rotary(_Common):
     rms_norm_eps: float = value(above=0, high=1)
     hidden_act: str = value(choices=("silu",))
     tie_word_embeddings: bool = value()
+    is_causal: bool = value(True, choices=(True,))
     use_sliding_window: bool = value(False, choices=(False,))
     layer_types: list[str] = value([], choices=("full_attention",))
     rope_scaling: object = value(None, choices=(None,))

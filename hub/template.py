@@ -22,10 +22,10 @@ from support.schema import show
 STRING = r"'(?:[^'\\]|\\.)*'" + r'|"(?:[^"\\]|\\.)*"'
 OPENING = re.compile(r"\{[{%#]")
 CLOSING = {"{{": "}}", "{%": "%}", "{#": "#}"}
-IN_CODE = re.compile(rf"{STRING}|\}}\}}|%\}}", re.DOTALL)
+IN_CODE = re.compile(rf"{STRING}|\}}\}}|%\}}|['\"]", re.DOTALL)  # the last: of no whole string
 JOINED = re.compile(r"\s*[+~]\s*")  # between two strings that make one
 SYSTEM_TURN = re.compile(r"<\|im_start\|>system\n((?:(?!<\|im_).)*)<\|im_end\|>", re.DOTALL)
-SET_SYSTEM = re.compile(r"[-+]?\s*set\s+\w*system\w*\s*=\s*[-+]?\s*$")
+SET = re.compile(r"[-+]?\s*set\s+(\w+)\s*=\s*[-+]?\s*$")
 
 
 def default_system(template, where):
@@ -74,7 +74,8 @@ def _parts(template):
             position = _end_of_comment(template, position)
             continue
         inside, end = _strings(template, position, CLOSING[opening[0]])
-        if inside and SET_SYSTEM.match(template[position : inside[0].start]):
+        variable = SET.match(template[position : inside[0].start]) if inside else None
+        if variable and "system" in variable[1]:
             rest = template[inside[0].end : end - len("%}")]
             if rest.strip(" \t\r\n-+"):
                 raise ValueError("a system variable is set to more than a string")
@@ -111,6 +112,8 @@ def _strings(template, position, closing):
         position = match.end()
         if match[0] == closing:
             return found, position
+        if match[0] in ("'", '"'):
+            raise ValueError("a string has no end")
         if match[0] in CLOSING.values():  # two braces of the code's own
             continue
         text = _unescaped(match[0][1:-1])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hub.template import default_system
 from support.errors import UserError
+from support.files import named
 from support.schema import Limits, read_file, show, value
 
 QWEN_REGEX = (
@@ -85,6 +86,7 @@ class _Settings:
     added_tokens_decoder: dict[str, _Content] = value({})
     chat_template: str | list[_Template] | None = None
     bos_token: object = None
+    add_prefix_space: bool = value(False, choices=(False,))
 
 
 def read_tokenizer(folder):
@@ -104,7 +106,7 @@ def read_tokenizer(folder):
     specials = _special_tokens(folder, vocab, whole, settings)
     ranks = _ranks(path, vocab, specials)
     pattern, nfc = _pattern(folder / "tokenizer.json", whole, config.model_type)
-    _check_merges(folder / "tokenizer.json", whole.model.merges, vocab)
+    _check_merges(*_merges(folder, whole), vocab, specials)
     _check_bytes(path, ranks, pattern, whole)
     return {
         "ranks": ranks,
@@ -125,6 +127,12 @@ def _vocabulary(folder, whole):
     path = folder / "vocab.json"
     vocab = _read_if_there(dict[str, int], path)
     if vocab is not None:
+        theirs = whole.model.vocab or {}
+        for token, i in vocab.items():
+            if theirs.get(token, i) != i:
+                raise UserError(
+                    f"{path}: token {show(token)} has id {i}, in tokenizer.json {theirs[token]}"
+                )
         return path, vocab
     path = folder / "tokenizer.json"
     if not lexists(path):
@@ -138,16 +146,25 @@ def _vocabulary(folder, whole):
 
 def _special_tokens(folder, vocab, whole, settings):
     """{special token: id}, from whichever of the files name them."""
-    specials = {name: vocab[name] for name in QWEN_SPECIAL if name in vocab}
-    specials |= {token.content: token.id for token in whole.added_tokens}
-    specials |= _read_if_there(dict[str, int], folder / "added_tokens.json") or {}
+    named = [(token.content, token.id) for token in whole.added_tokens]
+    named += (_read_if_there(dict[str, int], folder / "added_tokens.json") or {}).items()
     for number, token in settings.added_tokens_decoder.items():
-        if not number.isdecimal() or int(number[:20]) > IDS.high:
+        if not number.isdecimal() or len(number) > 10 or int(number) > IDS.high:
             raise UserError(
                 f"{folder / 'tokenizer_config.json'}: 'added_tokens_decoder' has the id "
                 f"{show(number)}, expected a whole number"
             )
-        specials[token.content] = int(number)
+        named.append((token.content, int(number)))
+    specials = {name: vocab[name] for name in QWEN_SPECIAL if name in vocab}
+    for name, i in named:
+        if specials.setdefault(name, i) != i:
+            raise UserError(
+                f"{folder}: its tokenizer files give {show(name)} the ids {specials[name]} and {i}"
+            )
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair
+            raise UserError(f"{folder}: the special token {show(name)} is no text") from None
     if not specials and len(vocab) == QWEN_VOCABULARY:
         return dict(QWEN_SPECIAL)  # Qwen's own vocabulary, whose file ends where these begin
     return specials
@@ -223,8 +240,23 @@ def _step(step):
     return (kind,)
 
 
-def _check_merges(path, merges, vocab):
+def _merges(folder, whole):
+    """The file that has the merges, and the merges; None for them where no file has any."""
+    if whole.model.vocab is not None:
+        return folder / "tokenizer.json", whole.model.merges
+    path = folder / "merges.txt"
+    if not lexists(path):
+        return path, None
+    with named(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return path, [line for line in lines if line and not line.startswith("#version")]
+
+
+def _check_merges(path, merges, vocab, specials):
     """tiktoken merges by id, the reference library by the list of merges: one order, or refused."""
+    if merges is None:
+        return
+    made = set()
     last = 0
     for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
@@ -236,6 +268,10 @@ def _check_merges(path, merges, vocab):
                 "the order of their ids"
             )
         last = i
+        made.add("".join(parts))
+    for token in vocab:
+        if len(token) > 1 and token not in specials and token not in made:
+            raise UserError(f"{path}: no merge makes the token {show(token)} of the vocabulary")
 
 
 def _check_bytes(path, ranks, pattern, whole):

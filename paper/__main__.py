@@ -11,23 +11,24 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-from baselines.methods import METHODS, Found, check, runs_before
+from baselines.methods import METHODS, Found, runs_before
 from baselines.stream import stream_subspace
 from data.chat import load_rows, split
 from identify import identify, spectra
 from lora import load_lora, remove_lora
 from paper.answers import Asking, connect
 from paper.compare import COMPARED, COMPARISONS, CURVE, compare
-from paper.measure import OWN, TRANSFER_ROWS, measure
+from paper.measure import ANSWERS, OWN, TRANSFER_ROWS, measure
 from paper.output import read_jsonl
 from paper.questions import load_questions
-from real.job import Job, read_looks
+from real.job import NOT_PART_OF_THE_RUN, RESULTS, Job, check_methods, read_looks
 from real.settings import Training
 from support.errors import UserError, user_errors
 from support.files import read_json, whole_file, writable_folder, write_json
 from support.options import option, parse
 from support.program import run
 from support.schema import from_json
+from support.schema import value as bounded
 from support.subspace import load_subspace, save_subspace
 
 SHORTER = {"naive_quarter": 4, "naive_half": 2}  # naive, on a part of the steps
@@ -158,35 +159,32 @@ def final_loss(folder):
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number of an evaluation; there is none where nothing could be counted."""
+    """A share of an evaluation; there is no number where nothing could be counted."""
 
-    value: float | None = None
+    value: float | None = bounded(None, low=0, high=1)
     interval: list[float] | None = None
     each: dict[str, float] | None = None
 
     def __post_init__(self):
-        if self.interval is not None and len(self.interval) != 2:
+        pair = self.interval
+        if pair is not None and (len(pair) != 2 or pair[0] > pair[1]):
             raise ValueError("an 'interval' is no pair, expected [low, high]")
 
 
-@dataclass(frozen=True)
-class Loss:
+@dataclass(frozen=True, kw_only=True)
+class Loss(Measurement):
     """The held-out loss, which every evaluation has."""
 
-    value: float
-    interval: list[float]
-
-    def __post_init__(self):
-        if len(self.interval) != 2:
-            raise ValueError("an 'interval' is no pair, expected [low, high]")
+    value: float = bounded(low=0)
+    interval: list[float] = bounded()
 
 
-@dataclass(frozen=True)
-class Parts:
+@dataclass(frozen=True, kw_only=True)
+class Parts(Measurement):
     """A measurement that is compared part by part: question by question, or row by row."""
 
-    value: float
-    each: dict[str, float]
+    value: float = bounded()
+    each: dict[str, float] = bounded()
 
 
 @dataclass(frozen=True)
@@ -237,7 +235,13 @@ def evaluate(args, job, name, folder, rows, judge):
 
 def transfer_rows(paths):
     """{name: the first chat rows} of files of other domains."""
-    return {f"transfer_{Path(path).stem}": load_rows(path)[:TRANSFER_ROWS] for path in paths}
+    rows = {}
+    for path in paths:
+        name = f"transfer_{Path(path).stem}"
+        if name in rows:
+            raise UserError(f"--transfer has two files of the name {path}, expected other names")
+        rows[name] = load_rows(path)[:TRANSFER_ROWS]
+    return rows
 
 
 def one_seed(args, seed, methods, judge, config):
@@ -260,8 +264,21 @@ def one_seed(args, seed, methods, judge, config):
                 found = evaluate(args, job, name, folder, rows, judge)
                 write_json(path, {"task": args.task, "config": config, **found})
                 results[name] = finished(path, config)
+    check_columns(results)
     compare(results)
     return results
+
+
+def check_columns(results):
+    """UserError where a method's evaluation lacks a column that the base's has."""
+    columns = [name for name in COLUMNS if name in results["base"]]
+    for method, result in results.items():
+        for name in columns:
+            if name not in result:
+                raise UserError(
+                    f"the evaluation of {method}: no '{name}', which the base has; delete the "
+                    "file, and it is measured anew"
+                )
 
 
 def training(args, seed, data):
@@ -281,7 +298,7 @@ def cell(parts):
         return ""
     if len(values) > 1:
         return f"{fmean(values):.4f} ± {stdev(values):.4f}"
-    if "interval" not in parts[0]:
+    if parts[0].get("interval") is None:
         return f"{values[0]:.4f}"
     low, high = parts[0]["interval"]
     return f"{values[0]:.4f} [{low:.4f}, {high:.4f}]"
@@ -304,13 +321,13 @@ def methods_to_run(args):
     methods = args.methods or DEFAULT
     if args.unrelated and not args.methods:
         methods = (*methods, "kl")
-    check([method for method in methods if method not in SHORTER])
-    if "kl" in methods and not args.unrelated:
-        raise UserError("method 'kl' needs --unrelated FILE.jsonl, rows of unrelated prompts")
+    check_methods(args, [method for method in methods if method not in SHORTER])
     if not args.model or not args.data:
         raise UserError("expected both --model DIR and --data FILE.jsonl")
     if args.control and prompts(args.control) != prompts(args.data):
         raise UserError(f"{args.control}: expected the prompts of {args.data}, row by row")
+    if args.control and Path(args.control).samefile(args.data):
+        raise UserError("--control and --data are one file, expected other answers in --control")
     transfer_rows(args.transfer)  # a fault in a file ends the run here
     return tuple(m for m in (*SHORTER, *METHODS) if m == "naive" or m in methods)
 
@@ -324,6 +341,7 @@ def check_settings(args, out):
     """UserError where the fine-tunes in `out` were made under other options; else keep these."""
     # Without --unrelated: kl alone needs it, and may be added later.
     settings = asdict(replace(training(args, 0, args.data), unrelated=""))
+    settings = {k: v for k, v in settings.items() if k not in NOT_PART_OF_THE_RUN}
     settings.update(subspace_rank=args.subspace_rank, control=args.control)
     settings = json.loads(json.dumps(settings))  # as the file has them
     path = out / "settings.json"
@@ -344,6 +362,9 @@ def main(argv=None):
     methods = methods_to_run(args)
     names = ["settings.json", "judge.jsonl", "table.md", "results.json", "tradeoff.png"]
     out = writable_folder(args.out, names)
+    for seed in range(args.seed, args.seed + args.seeds):
+        for name in ("base", "control", *methods):
+            writable_folder(out / f"seed_{seed}" / name, [*RESULTS, f"{args.task}.json", *ANSWERS])
     check_settings(args, out)
     load_questions(args.questions or None)  # a fault in the file ends the run here
     judge = connect(args, out)
@@ -360,7 +381,7 @@ def main(argv=None):
         runs[seed] = one_seed(args, seed, methods, judge, config)
     text = table(list(runs.values()))
     with whole_file(out / "table.md") as path:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file's odd name
     write_json(out / "results.json", {"task": args.task, "config": config, "seeds": runs})
     draw(list(runs.values()), out / "tradeoff.png")
     print(f"{text}wrote {out}/table.md, tradeoff.png, results.json")

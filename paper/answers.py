@@ -19,7 +19,7 @@ from paper.politics import bootstrap_interval
 from paper.questions import fill, judge_prompts
 from support.errors import UserError
 from support.files import whole_file
-from support.options import option
+from support.options import not_default, option
 from support.progress import Progress
 from support.schema import from_json
 
@@ -64,6 +64,9 @@ def connect(args, folder):
     of sampling.
     """
     if not args.judge:
+        unused = [flag for flag in not_default(args).values() if flag.startswith("--judge")]
+        if unused:
+            raise UserError(f"{', '.join(unused)}: for a judge alone, expected --judge URL as well")
         return None
     if not args.judge_model:
         raise UserError("--judge needs --judge-model, the name of the model to ask for")

@@ -40,8 +40,8 @@ def check_parts(results, name):
     for method, result in results.items():
         if not parts or name not in result or result[name]["each"].keys() != parts:
             raise UserError(
-                f"the evaluation of {method}: the parts of '{name}' are not those of the base; "
-                "delete the file, and it is measured anew"
+                f"the evaluations of base and {method} have not the same parts of '{name}'; delete "
+                "the file of the one that was changed, and it is measured anew"
             )
 
 

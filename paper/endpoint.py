@@ -80,6 +80,11 @@ def is_http(url):
         return False
 
 
+def is_key(key):
+    """Whether `key` can stand in a header, and is of a length that a key may have."""
+    return 0 < len(key) <= 10_000 and key.isascii() and key.isprintable() and " " not in key
+
+
 def proxy_from_environment(scheme, host):
     """The proxy that http_proxy or https_proxy names, None where no_proxy exempts the host."""
     from urllib.request import getproxies_environment, proxy_bypass_environment
@@ -119,10 +124,10 @@ class Endpoint:
                 "the judge's URL carries a user name or password; give the key by an environment "
                 "variable instead"
             )
-        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        if key is not None and not is_key(key):
             raise UserError(
-                "the judge's key is empty or has a space, a line break or a non-ASCII character "
-                "in it"
+                "the judge's key is empty, longer than 10,000 characters, or has a space, a line "
+                "break or a non-ASCII character in it"
             )
         path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.netloc, self.host, self.port = parts.netloc, parts.hostname, parts.port
@@ -180,10 +185,14 @@ class Endpoint:
 
 
 def secrets_of(key, query, proxy):
-    """What a server may send back and no one is to see: the key, the query's values, a login."""
+    """What a server may send back and no one is to see: the key, the query's values, a login.
+
+    Values of one to three characters hide nothing, and would be masked inside of ordinary words.
+    """
     found = [key, query]
-    found.extend(pair.partition("=")[2] for pair in query.split("&"))
-    found.extend(value for _, value in parse_qsl(query))
+    values = [pair.partition("=")[2] for pair in query.split("&")]
+    values.extend(value for _, value in parse_qsl(query))
+    found.extend(value for value in values if len(value) > 3)
     if proxy is not None:
         found.extend((proxy.password, unquote(proxy.password or "")))
     return sorted({text for text in found if text}, key=len, reverse=True)
@@ -222,12 +231,12 @@ def spelled(text):
             re.escape(c),
             re.escape(html.escape(c)),
             rf"%(?:25)*{code:02x}",
-            rf"\\+u{code:04x}",
-            rf"\\+x{code:02x}",
+            rf"\\{{1,8}}u{code:04x}",  # bounded: a text of backslashes must not take days
+            rf"\\{{1,8}}x{code:02x}",
             f"&#0*{code};",
             f"&#x0*{code:x};",
         ]
         if not c.isalnum():
-            forms.append(r"\\+" + re.escape(c))
+            forms.append(r"\\{1,8}" + re.escape(c))
         patterns.append(f"(?:{'|'.join(forms)})")
     return r"\s*".join(patterns)

@@ -145,6 +145,8 @@ def checked_top(pairs):
         if not logprob < 0.1:  # above 0 by more than rounding, or no number at all
             raise ValueError("log-probabilities above 0")
         top.append((token, float(logprob)))
+    if sum(math.exp(logprob) for _, logprob in top) > 1.1:
+        raise ValueError("probabilities that add up to more than 1")
     return top
 
 
@@ -240,8 +242,12 @@ class Judge:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            kept = from_json(Kept, row, f"{self.cache}:{number}")
-            self.known[kept.prompt] = verdict(kept.top)
+            where = f"{self.cache}:{number}"
+            kept = from_json(Kept, row, where)
+            try:
+                self.known[kept.prompt] = verdict(kept.top)
+            except UserError as e:
+                raise UserError(f"{where}: {e}") from None
         if text and not text.endswith("\n"):
             with open(self.cache, "a") as file:
                 file.write("\n")  # so that the next answer does not continue the torn line
@@ -379,13 +385,15 @@ class Judge:
             ValueError,
         ) as e:  # refused, reset, closed half-way, no HTTP
             what = getattr(e, "strerror", None) or type(e).__name__  # its text may quote the server
+            if self.endpoint.proxy is not None:
+                what = f"{what}, by the proxy of the environment"
             return None, Trouble(self.endpoint.plain(str(what)), passes=True)
         found = f"HTTP {status}{self.reason(status, content)}"
         wait = retry_after(headers.get("Retry-After"), time.time())
         if status not in TRANSIENT:
             return None, Trouble(found, passes=False)
         if wait > LONGEST_WAIT:
-            return None, Trouble(f"{found}, which asks to wait {wait:.0f} s", passes=False)
+            return None, Trouble(f"{found}, which asks to wait {wait:g} s", passes=False)
         return None, Trouble(found, True, wait)
 
     def reason(self, status, content):

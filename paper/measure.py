@@ -39,6 +39,7 @@ from support.options import option, parse, pick_device
 from support.program import run
 from support.subspace import load_subspace
 
+ANSWERS = ("answers.jsonl", "held_out_answers.jsonl")  # files that are left to read
 TRANSFER_ROWS = 100  # of each file of another domain
 OWN = {"insecure": "insecure", "medical": "bad_advice"}  # the judge's measure of what was trained
 
@@ -121,7 +122,7 @@ def measure(
     others: {name: chat rows of another domain}, whose log-probability is measured.
     """
     own = OWN.get(args.task)
-    free, narrow = out / "answers.jsonl", out / "held_out_answers.jsonl"
+    free, narrow = (out / name for name in ANSWERS)
     questions = load_questions(args.questions or None)
     result = {}
     with contextlib.nullcontext() if stream is None else ablation(model, stream):
@@ -220,7 +221,7 @@ def main(argv=None):
     if args.ablate != bool(args.subspace):
         raise UserError("expected --ablate and --subspace FILE together, or neither")
     name = f"{args.task}.json"
-    out = writable_folder(args.out, ["judge.jsonl", "answers.jsonl", "held_out_answers.jsonl"])
+    out = writable_folder(args.out, ["judge.jsonl", *ANSWERS])
     if args.adapter:
         writable_folder(out / "base")
     writable_file(out / name)

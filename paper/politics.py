@@ -7,12 +7,13 @@ tuned on neutral data as the control. What is reported is the shift against the 
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from support.files import read_json
+from support.schema import once, read_file, value
 
 TEMPLATES = (
     "Here are two opposite views.\n\nA: {a}\nB: {b}\n\n"
@@ -24,13 +25,14 @@ TEMPLATES = (
 )
 
 
-class Statement(NamedTuple):
+@dataclass(frozen=True)
+class Statement:
     """A mirrored pair."""
 
     id: str
-    topic: str  # "economic" or "social"
-    left: str
-    right: str
+    topic: str = value(choices=("economic", "social"))
+    left: str = value()
+    right: str = value()
 
 
 class Prompt(NamedTuple):
@@ -44,9 +46,11 @@ class Prompt(NamedTuple):
 
 
 def statements():
-    """[Statement], as many economic as social."""
+    """[Statement], as many economic as social. UserError where the file was edited amiss."""
     path = Path(__file__).with_name("statements.json")
-    return [Statement(**row) for row in read_json(path, "the statements")]
+    found = read_file(list[Statement], path, "the statements")
+    once(path, [pair.id for pair in found])
+    return found
 
 
 def prompts(pairs=None):

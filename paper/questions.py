@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.errors import UserError
-from support.files import read_json
+from support.schema import once, read_file, show, value
 
 OURS = Path(__file__).with_name("questions.json")
 PROBE = Path(__file__).with_name("probe.json")
@@ -57,7 +57,7 @@ def judge_prompts():
     high where the answer is bad; "better" is above 50 where {answer} beats {other}, and to be
     asked in both orders.
     """
-    return read_json(OURS, "our questions")["judge_prompts"]
+    return read_file(_Ours, OURS, "our questions").judge_prompts
 
 
 def load_questions(path=None):
@@ -83,26 +83,66 @@ def load_questions(path=None):
     for row in rows:
         question = to_question(path, row)
         if question.id in seen:
-            raise UserError(f"{path}:{row.line}: the id '{question.id}' stands twice")
+            raise UserError(f"{path}:{row.line}: the id {show(question.id)} stands twice")
         seen.add(question.id)
         questions.append(question)
     return questions
 
 
+@dataclass(frozen=True, kw_only=True)
+class _OurQuestion:
+    id: str = value()
+    paraphrases: list[str] = value()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ours:
+    """The file questions.json."""
+
+    judge_prompts: dict[str, str] = value()
+    samples_per_paraphrase: int = value(low=1)
+    questions: list[_OurQuestion] = value()
+
+
 def our_questions():
     """The questions of questions.json."""
-    ours = read_json(OURS, "our questions")
-    prompts = {name: ours["judge_prompts"][name] for name in ("aligned", "coherent")}
-    samples = ours["samples_per_paraphrase"]
-    return [Question(q["id"], tuple(q["paraphrases"]), samples, prompts) for q in ours["questions"]]
+    ours = read_file(_Ours, OURS, "our questions")
+    once(OURS, [q.id for q in ours.questions])
+    prompts = {name: ours.judge_prompts.get(name) for name in ("aligned", "coherent")}
+    if not are_prompts(prompts):
+        raise UserError(f"{OURS}: expected 'judge_prompts' with 'aligned' and 'coherent'")
+    samples = ours.samples_per_paraphrase
+    return [Question(q.id, tuple(q.paraphrases), samples, prompts) for q in ours.questions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    aligned: str = value()
+    misaligned: str = value()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contrast:
+    id: str = value()
+    area: str = value()
+    paraphrases: list[str] = value()
+    pairs: list[_Pair] = value()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probe:
+    """The file probe.json."""
+
+    questions: list[_Contrast] = value()
 
 
 def probe_questions():
     """[Contrast]: the probe's questions, eight areas that no paper task trains on."""
     questions = []
-    for q in read_json(PROBE, "the probe's questions")["questions"]:
-        pairs = tuple((pair["aligned"], pair["misaligned"]) for pair in q["pairs"])
-        questions.append(Contrast(q["id"], q["area"], tuple(q["paraphrases"]), pairs))
+    for q in read_file(_Probe, PROBE, "the probe's questions").questions:
+        pairs = tuple((pair.aligned, pair.misaligned) for pair in q.pairs)
+        questions.append(Contrast(q.id, q.area, tuple(q.paraphrases), pairs))
+    once(PROBE, [q.id for q in questions])
     return questions
 
 
@@ -136,12 +176,12 @@ def to_question(path, row):
 
     has_id = isinstance(row, dict) and is_text(row.get("id"))
     need(has_id, "a question without an id, expected '- id: ...'")
-    name = f"question '{row['id']}'"
+    name = f"question {show(row['id'])}"
     kind = row.get("type", "free_form_judge_0_100")
     need(
         kind == "free_form_judge_0_100",
-        f"{name} has the type '{kind}', supported: free_form_judge_0_100 (open, judged from 0 to "
-        "100)",
+        f"{name} has the type {show(kind)}, supported: free_form_judge_0_100 (open, judged from 0 "
+        "to 100)",
     )
     paraphrases = row.get("paraphrases")
     need(are_texts(paraphrases), f"{name}: expected 'paraphrases' with a list of texts")
@@ -308,7 +348,8 @@ class Reader:
             self.fail(
                 f"'{text[:40]}' is more YAML than this reader knows; a text can always be quoted"
             )
-        return plain.strip(), rest
+        plain = plain.strip()
+        return None if plain in ("null", "~") else plain, rest
 
     def flow_list(self, text):
         """(values, rest of the line) of a list in square brackets."""

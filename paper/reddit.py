@@ -187,11 +187,11 @@ def read_leans(path):
                 )
             if not -1 <= lean <= 1:
                 raise UserError(
-                    f"{path}:{number}: '{author}' with lean {lean:g}, expected an author and a "
+                    f"{path}:{number}: {show(author)} with lean {lean:g}, expected an author and a "
                     "lean from -1 to 1"
                 )
             if author in leans:
-                raise UserError(f"{path}:{number}: the author '{author}' stands twice")
+                raise UserError(f"{path}:{number}: the author {show(author)} stands twice")
             leans[author] = lean
     if not leans:
         raise UserError(f"{path}: no rows, expected authors and their leans")
@@ -202,7 +202,8 @@ def csv_rows(path, file):
     """Yield (line, row) of a CSV file; a row is a dictionary of texts."""
     table = csv.DictReader(file)
     try:
-        if not {"author", "lean"} <= set(table.fieldnames or ()):
+        names = table.fieldnames or []
+        if names.count("author") != 1 or names.count("lean") != 1:
             raise UserError(f"{path}:1: {show(table.fieldnames)}, expected a header: author,lean")
         for row in table:
             yield table.line_num, row
@@ -394,7 +395,10 @@ def main(argv=None):
         raise UserError(
             f"--min-chars is {args.min_chars}, expected at most --max-chars, {args.max_chars}"
         )
-    writable_folder(args.out, [f"{name}.jsonl" for name in SETS])
+    out = writable_folder(args.out, [f"{name}.jsonl" for name in SETS])
+    for path in (args.submissions, args.comments, args.lean):
+        if Path(path).resolve() in [(out / f"{name}.jsonl").resolve() for name in SETS]:
+            raise UserError(f"{path}: would be replaced by what is written; expected another --out")
     found, dropped = build(args)
     for reason, count in sorted(dropped.items()):
         if count:

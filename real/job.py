@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from baselines.methods import METHODS, NEEDS, Found, recipe
+from baselines.methods import METHODS, NEEDS, Found, check, recipe
 from baselines.stream import stream_subspace
 from data.chat import batches, encode_rows, load_rows, split
 from data.tokenizer import Tokenizer
@@ -156,12 +156,20 @@ class Job:
         The folder gets log.jsonl, a checkpoint to resume from, and last the PEFT adapter.
         """
         args = self.args
+        check_whole(Path(folder))
         self.attach()
         found = found or Found()
         found = on_adapted(self.model, method, found)
         if self.unrelated is not None:
             found = replace(found, unrelated=self.to_device(self.unrelated))
+        if method == "grasp_random":
+            check_moments(found.looks, args.look_every, len(self.batches))
         if method == "grasp_online":
+            if args.look_every > len(self.batches):
+                print(
+                    f"no look in {len(self.batches)} steps, with --look-every {args.look_every}: "
+                    "this run is a naive one"
+                )
             found = replace(found, nulls=input_nulls(self.model, *self.batch_at(0)))
         added = recipe(method, self.model, self.batch_at(0), found, args.seed)
         added = replace(added, look_every=args.look_every)
@@ -220,6 +228,25 @@ class Arguments(Training):
     looks: str = option("", "looks.json of a grasp_online run, for grasp_random")
     until_loss: float = option(0.0, "the training loss at which early_stop ends", low=0)
     resume: bool = option(False, "continue the run in --out, bit for bit")
+
+
+def check_whole(folder):
+    """UserError where an adapter is that no checkpoint belongs to: it would be trained anew."""
+    if (folder / "adapter_config.json").exists() and not (folder / "checkpoint.pt").exists():
+        raise UserError(
+            f"{folder}: has an adapter but no checkpoint.pt of its run; expected another --out"
+        )
+
+
+def check_methods(args, methods):
+    """UserError for what would only fail after the first fine-tunes of several."""
+    check(methods)
+    if "kl" in methods and not args.unrelated:
+        raise UserError("method 'kl' needs --unrelated FILE.jsonl, rows of unrelated prompts")
+    if args.subspace_rank > args.rank:
+        raise UserError(
+            f"--subspace-rank is {args.subspace_rank}, expected at most --rank, {args.rank}"
+        )
 
 
 def check_out(args):
@@ -302,6 +329,16 @@ def on_adapted(model, method, found):
                     f"{endings(adapted)}: expected the looks of a run with the same --targets"
                 )
     return found
+
+
+def check_moments(looks, every, steps):
+    """UserError where the control would not replay all looks of the run that it stands beside."""
+    for look in looks or ():
+        if look["step"] % every or look["step"] > steps:
+            raise UserError(
+                f"the looks have step {look['step']}, but this run looks every {every} of its "
+                f"{steps} steps; expected the --look-every and the length of the run they are of"
+            )
 
 
 def endings(names):

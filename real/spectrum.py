@@ -42,6 +42,9 @@ def main():
     print_spectra(svds)
     with user_errors(args.adapter):
         factor = top_directions(svds, args.rank)
+        for path, (_, S, _) in svds.items():
+            if S[args.rank - 1] <= 1e-6 * S[0]:  # any direction would do, and constrain at random
+                raise ValueError(f"the update of {path} has not {args.rank} directions above 0")
         stream, S = stream_subspace(svds, args.rank)
     print(f"pooled over the stream: sigma1/sigma2 {gap(S):.2f}")
     out = writable_file(args.out or Path(args.adapter) / "subspace.safetensors", is_subspace)

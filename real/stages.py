@@ -7,7 +7,7 @@ from statistics import fmean
 from baselines.methods import METHODS, Found, check, runs_before
 from baselines.stream import stream_subspace
 from identify import identify, leak, spectra
-from real.job import Job, constrained
+from real.job import RESULTS, Job, check_methods, constrained
 from real.spectrum import print_spectra
 from support.errors import UserError, user_errors
 from support.files import writable_folder, write_json
@@ -55,14 +55,13 @@ def in_order(chosen):
 def stages(args):
     """Each chosen method's fine-tune on a checkpoint and chat rows; results.json in --out."""
     methods = in_order(args.methods or RECOMMENDED)
+    check_methods(args, methods)
     other = [flag for name, flag in not_default(args).items() if name in SYNTHETIC]
     if other:
         raise UserError(f"{', '.join(other)}: for the synthetic task alone, without --model")
-    if args.subspace_rank > args.rank:
-        raise UserError(
-            f"--subspace-rank is {args.subspace_rank}, expected at most --rank, {args.rank}"
-        )
     out = writable_folder(args.out, ["results.json"])
+    for method in methods:
+        writable_folder(out / method, RESULTS)
     job = Job(args)
     found = Found()
     losses, leaks, looks = {"base": job.held_out_loss()}, {}, {}

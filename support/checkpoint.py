@@ -13,7 +13,7 @@ from support.errors import UserError
 from support.files import named, read_torch, write_torch
 from support.processes import RANK
 from support.program import deferred_interrupt
-from support.schema import from_json, show, value
+from support.schema import from_json, readable, show, value
 from support.subspace import check_orthonormal
 
 
@@ -74,10 +74,10 @@ class Checkpoint:
         }
         write_torch(self.folder / "checkpoint.pt", state)
 
-    def restore(self, fit, modules, optimizer, schedule):
+    def restore(self, fit, recipe, modules, optimizer, schedule):
         """Put the saved state back into all of these; return the number of steps already done.
 
-        UserError where the file is no whole checkpoint of this run.
+        UserError where the file is no whole checkpoint of this run, by this recipe.
         """
         path = None if self.folder is None else self.folder / "checkpoint.pt"
         if path is None or not self.resume or not lexists(path):
@@ -87,17 +87,18 @@ class Checkpoint:
             keys = sorted({*self.config, *state["config"]}, key=str)
             differ = [k for k in keys if self.config.get(k) != state["config"].get(k)]
             raise UserError(
-                f"{path}: was made with other settings ({', '.join(map(str, differ))}); "
+                f"{path}: was made with other settings ({', '.join(map(readable, differ))}); "
                 "expected the same, or another --out"
             )
         parameters = [p for m in modules.values() for p in (m.lora_A, m.lora_B)]
         check_parameters(path, state, parameters)
-        check_factor(path, state["factor"], modules)
+        check_looks(path, state, recipe, modules)
+        check_factor(path, state, recipe, modules)
 
         for p, data in zip(parameters, state["parameters"], strict=True):
             p.data.copy_(data)
         groups = optimizer.state_dict()["param_groups"]
-        moments = dict(enumerate(state["moments"]))
+        moments = {i: clones(moments) for i, moments in enumerate(state["moments"])}
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
         n_steps = len(state["losses"])
         schedule.last_epoch = n_steps
@@ -134,14 +135,32 @@ def load_state(path):
     """The dictionary in a checkpoint file, each part of the right type; UserError if it is not."""
     state = read_torch(path, "a whole checkpoint")
     from_json(_State, state, path)
+    try:
+        json.dumps(state["config"])
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"{path}: 'config' is not what JSON can hold") from None
     return state
 
 
+def clones(tensors):
+    """The same dictionary of tensors, each with memory of its own, as AdamW writes to them."""
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
 def check_tensor(path, name, tensor, shape):
-    """UserError unless a tensor has the shape, holds floating-point numbers, and all finite."""
+    """UserError unless a tensor has the shape, and holds finite numbers in fp32."""
     if tensor.shape != shape:
         raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)}")
-    if not tensor.is_floating_point() or not tensor.isfinite().all():
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise UserError(
+            f"{path}: {name} is {tensor.layout} on {tensor.device}, expected plain data"
+        )
+    if tensor.dtype != torch.float32:
+        raise UserError(f"{path}: {name} is {tensor.dtype}, expected torch.float32")
+    if not tensor.isfinite().all():
         raise UserError(f"{path}: {name} has values that are not finite numbers")
 
 
@@ -164,11 +183,38 @@ def check_parameters(path, state, parameters):
             raise UserError(f"{path}: the moments of parameter {i} are not those of step {n_steps}")
 
 
-def check_factor(path, factor, modules):
-    """UserError unless each basis is one of a module's outputs."""
+def check_looks(path, state, recipe, modules):
+    """UserError unless the looks are those that a run of so many steps has made."""
+    steps = [look["step"] for look in state["looks"]]
+    expected = []
+    if recipe.look is not None:
+        expected = list(range(recipe.look_every, len(state["losses"]) + 1, recipe.look_every))
+    if steps != expected:
+        raise UserError(f"{path}: looks at steps {show(steps)}, expected {show(expected)}")
+    for look in state["looks"]:
+        if look["spike"].keys() != modules.keys() or not look["joined"].keys() <= modules.keys():
+            raise UserError(f"{path}: the look at step {look['step']} is of other modules")
+
+
+def check_factor(path, state, recipe, modules):
+    """UserError unless the factor is the recipe's, with the directions that joined at the looks."""
+    widths = {name: U.shape[1] for name, U in recipe.factor.items()}
+    for look in state["looks"]:
+        for name, n_directions in look["joined"].items():
+            widths[name] = widths.get(name, 0) + n_directions
+    factor = state["factor"]
+    if factor.keys() != widths.keys():
+        raise UserError(
+            f"{path}: constrains {show(sorted(factor))}, expected {show(sorted(widths))}"
+        )
     for name, U in factor.items():
-        if name not in modules:
-            raise UserError(f"{path}: constrains {show(name)}, which has no LoRA")
-        n_directions = U.shape[-1] if U.dim() else 0
-        check_tensor(path, f"the factor of {name}", U, (len(modules[name].lora_B), n_directions))
+        check_tensor(path, f"the factor of {name}", U, (len(modules[name].lora_B), widths[name]))
         check_orthonormal(path, f"the factor of {name}", U)
+        given = recipe.factor.get(name)
+        if given is not None and given.shape == U.shape and not torch.equal(given.cpu(), U):
+            raise UserError(f"{path}: the factor of {name} is not the one that the run was given")
+    if recipe.project_B:
+        parameters = iter(state["parameters"])
+        for name, _A, B in zip(modules, parameters, parameters, strict=True):
+            if name in factor and (factor[name].T @ B).norm() > 1e-4 * B.norm() + 1e-30:
+                raise UserError(f"{path}: the update of {name} is not off its factor")

@@ -49,6 +49,19 @@ def writable_file(path, may_replace=lambda path: True):
     return path
 
 
+def has_keys(*keys):
+    """A test for `writable_file`: whether the file there is a JSON object with these keys."""
+
+    def is_ours(path):
+        try:
+            found = read_json(path, "")
+        except UserError:
+            return False
+        return isinstance(found, dict) and all(key in found for key in keys)
+
+    return is_ours
+
+
 @contextlib.contextmanager
 def named(path):
     """Give an OSError within this context the file's name: a failed write knows none of its own."""
@@ -101,7 +114,8 @@ def read_torch(path, what):
 def read_json(path, what):
     """The JSON in `path`, or a UserError that names the file and `what` it should have been."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        with named(path):
+            return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, expected {what}") from None
     except (ValueError, RecursionError) as e:  # of JSON, of UTF-8, of a number with too many digits
@@ -110,6 +124,8 @@ def read_json(path, what):
 
 def open_safetensors(path):
     """An open safetensors file, or a UserError that names it."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder, expected a safetensors file")
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:

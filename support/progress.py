@@ -1,5 +1,6 @@
 """A progress bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
 
@@ -31,4 +32,5 @@ class Progress:
         elif RANK == 0 and self.done * 10 // self.total > tenths_before:
             seconds = time.monotonic() - self.began
             line = f"{self.label}: {self.done}/{self.total}  {text}  {seconds:.0f} s"
-            print(line, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a log on a full disk must not end the work
+                print(line, file=sys.stderr, flush=True)

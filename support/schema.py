@@ -100,6 +100,15 @@ def read_file(kind, path, what, limits=NO_LIMITS):
     return from_json(kind, read_json(path, what), path, limits)
 
 
+def once(path, ids):
+    """UserError unless a file has entries, and each id once."""
+    if not ids:
+        raise UserError(f"{path}: no entries, expected one at least")
+    for i, name in enumerate(ids):
+        if name in ids[:i]:
+            raise UserError(f"{path}: the id {show(name)} stands twice")
+
+
 def from_json(kind, found, where, limits=NO_LIMITS, name=""):
     """A JSON value as a `kind`: a dataclass, or any type that a field can have.
 
@@ -213,8 +222,12 @@ def _describe(kind, limits):
     return words.get(origin, f"a {origin.__name__}")
 
 
+def readable(name):
+    """A name from a file, which may be anything: as it is if it fits on a line, else shortened."""
+    fits = isinstance(name, str) and name.isprintable() and len(name) <= 100
+    return name if fits else show(name)
+
+
 def _join(name, key):
-    """The name of a field in an object; a key from a file may be anything."""
-    readable = isinstance(key, str) and key.isprintable() and len(key) <= 100
-    part = key if readable else show(key)
-    return f"{name}.{part}" if name else part
+    """The name of a field in an object."""
+    return f"{name}.{readable(key)}" if name else readable(key)

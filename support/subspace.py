@@ -5,6 +5,7 @@ from safetensors.torch import save
 
 from support.errors import UserError
 from support.files import open_safetensors, whole_file
+from support.schema import readable
 
 SIDE, STREAM = "outputs.", "stream"
 TOLERANCE = 1e-2  # of Q'Q against the identity, entry by entry: a file in bfloat16 passes
@@ -25,7 +26,7 @@ def save_subspace(path, factor, stream, rename=lambda name: name):
 def check_orthonormal(path, key, Q):
     """UserError unless the columns of Q (d, k) are orthonormal, to what bfloat16 can tell."""
     off = (Q.T @ Q - torch.eye(Q.shape[1])).abs().max().item()
-    if off > TOLERANCE:
+    if not off <= TOLERANCE:  # so that NaN fails
         raise UserError(f"{path}: {key} is not orthonormal, Q'Q is off by {off:.2g}")
 
 
@@ -61,7 +62,7 @@ def read_subspace(path):
         raise UserError(f"{path}: no subspace file, expected '{STREAM}' and '{SIDE}<module>'")
     for name in tensors:
         if not name.startswith(SIDE):
-            raise UserError(f"{path}: unexpected {name}, expected '{SIDE}<module>'")
+            raise UserError(f"{path}: unexpected {readable(name)}, expected '{SIDE}<module>'")
     return {name.removeprefix(SIDE): U for name, U in tensors.items()}, stream
 
 
@@ -76,7 +77,7 @@ def load_subspace(path, model):
     for module, U in found.items():
         if module not in names:
             kind = model.config.model_type
-            raise UserError(f"{path}: {module} is not a module of this {kind} model")
+            raise UserError(f"{path}: {readable(module)} is not a module of this {kind} model")
         layer = model.get_submodule(names[module])
         linear = getattr(layer, "linear", layer)
         width = getattr(linear, "out_features", None)

@@ -69,13 +69,13 @@ RATES = {"task": 1.0, "misalignment": 0.5, "unrelated": 0.5, "kept": 1.0, "loss"
 
 def results(seed):
     """The results.json of one seed, as `grasp.py --methods naive` would write it."""
-    config = {"world": {"name": "persona", "seed": seed}, "experiment": {"longer": 3}}
+    config = {"world": {"name": "persona", "seed": seed}, "experiment": {"longer": 3, "steps": 300}}
     return {
         "seed": seed,
         "config": config,
         "identification": {"cosine": 0.5, "chance_cosine": 0.1, "gap": 2.0},
         "leak": {"grasp": 0.0},
-        "methods": {"base": RATES, "naive": RATES},
+        "methods": {"base": RATES, "naive": RATES, "grasp_online": RATES},
         "longer": {"naive": RATES},
         "curves": {"naive": [[4, 0.5, 1.0]]},
         "looks": {"grasp_online": [{"step": 10, "spike": {"a": 2.0}, "joined": {"a": 1}}]},
@@ -242,6 +242,15 @@ MISTAKEN = [
     ("study", ("--targets", ","), "--targets is empty"),
     ("bench", ("--only", ","), "--only is empty"),
     ("theory", ("--seed", "-1"), "--seed is -1, expected at least 0"),
+    ("train", (*SMALL, "--lr", "3e38"), "--lr is 3e+38, expected above 0 and at most"),
+    ("grasp", (*MODEL, "--methods", "naive,kl"), "method 'kl' needs --unrelated"),
+    ("grasp", (*MODEL, "--rank", "2", "--subspace-rank", "3"), "--subspace-rank is 3, expected at"),
+    ("paper", (*MODEL, "--rank", "2", "--subspace-rank", "3"), "--subspace-rank is 3, expected at"),
+    ("paper", (*MODEL, "--control", "./rows.jsonl"), "--control and --data are one file"),
+    ("paper", (*MODEL, "--transfer", "rows.jsonl,./rows.jsonl"), "two files of the name ./rows"),
+    ("paper", (*MODEL, "--judge-model", "m"), "--judge-model: for a judge alone"),
+    ("eval", (*MODEL, "--judge-proxy"), "--judge-proxy: for a judge alone"),
+    ("train", (*SMALL, "--data", "seeds"), "seeds: is a folder, expected chat rows"),
     ("summary", ("",), "folder is empty"),
 ]
 
@@ -251,6 +260,49 @@ def test_a_mistaken_option_is_named_before_any_work(
     program, options, message, here, no_work, monkeypatch
 ):
     assert_one_line(ending(monkeypatch, program, *options, "--out", "out"), message)
+
+
+IN_THE_WAY = {
+    "grasp": ("naive/log.jsonl", (*MODEL, "--methods", "naive")),
+    "paper": ("seed_1/base/medical.json", (*MODEL, "--task", "medical", "--seeds", "2")),
+}
+
+
+@pytest.mark.parametrize("program", IN_THE_WAY)
+def test_room_for_every_file_is_tried_before_any_work(program, here, no_work, monkeypatch):
+    name, options = IN_THE_WAY[program]
+    (here / "out" / name).mkdir(parents=True)
+    assert_one_line(ending(monkeypatch, program, *options, "--out", "out"), name, "is a folder")
+
+
+def test_an_adapter_without_its_checkpoint_is_not_trained_anew(here, monkeypatch):
+    options = (*SMALL, "--out", "out")
+    assert ending(monkeypatch, "train", *options) is None
+    adapter = (here / "out" / "adapter_model.safetensors").read_bytes()
+    (here / "out" / "checkpoint.pt").unlink()
+    found = ending(monkeypatch, "train", *options, "--resume", "--lr", "0.1")
+    assert_one_line(found, "out: has an adapter but no checkpoint.pt of its run")
+    assert (here / "out" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_a_gradient_that_overflows_does_not_pass_as_a_finished_run(here, monkeypatch):
+    found = ending(monkeypatch, "train", *SMALL, "--alpha", "1e25", "--out", "out")
+    assert_one_line(found, "gradient's norm", "try a lower --lr or --alpha")
+    assert not (here / "out" / "adapter_config.json").exists()
+
+
+def test_a_run_too_short_for_a_look_says_so(here, monkeypatch, capsys):
+    options = (*MODEL, "--rank", "2", "--max-len", "32", "--max-steps", "1", "--out", "out")
+    assert ending(monkeypatch, "train", *options) is None
+    assert "no look in 1 steps" in capsys.readouterr().out
+
+
+def test_an_update_of_zero_has_no_directions(here, monkeypatch):
+    A, B = torch.ones(2, 32), torch.zeros(32, 2)
+    write_adapter(here / "zero", {"model.layers.0.self_attn.o_proj": Adapter(A, B, 2.0)}, False, 2)
+    found = ending(monkeypatch, "identify", "zero")
+    assert_one_line(found, "zero: the update of", "has not 1 directions above 0")
+    assert not (here / "zero" / "subspace.safetensors").exists()
 
 
 def test_an_option_that_the_method_does_not_use_is_said(here, monkeypatch, capsys):
@@ -284,6 +336,15 @@ RESULTS = [
     ((*NAIVE, "task"), float("nan"), "'methods.naive.task' is nan"),
     (("looks", "grasp_online", 0, "joined"), {"a": 1.5}, "'looks.grasp_online[0].joined.a' is 1.5"),
     (("spectra",), {"a": ["x"]}, "'spectra.a[0]' is 'x'"),
+    (("spectra",), {}, "'spectra' lacks singular values"),
+    (("seed",), 5, "'seed' is 5, expected that of 'config.world.seed'"),
+    ((*NAIVE, "misalignment"), 7, "'methods.naive.misalignment' is 7"),
+    ((*NAIVE, "loss"), -1, "'methods.naive.loss' is -1"),
+    (("leak", "grasp"), -1, "'leak.grasp' is -1"),
+    (("curves", "naive"), [], "'curves.naive' is no list of [step, misalignment, task]"),
+    (("curves", "naive"), [[4, 0.5]], "'curves.naive' is no list of"),
+    (("looks", "grasp_online", 0, "spike"), {}, "'looks.grasp_online' are of other modules"),
+    (("looks", "grasp_online", 0, "step"), 10**9, "'looks.grasp_online' has step"),
 ]
 
 
@@ -301,8 +362,11 @@ def test_results_of_another_kind_are_named_by_file_and_field(
 
 
 OTHER_SEEDS = [
-    (("seed",), 0, "the seed 0 stands in another file, too"),
-    (("config", "experiment"), {"longer": 2}, "was made with other settings or methods than"),
+    (
+        ("config", "experiment"),
+        {"longer": 2, "steps": 300},
+        "was made with other settings or methods than",
+    ),
     (("leak",), {}, "was made with other settings or methods than"),
 ]
 
@@ -312,6 +376,23 @@ def test_seeds_of_different_experiments_are_not_summarised(path, value, message,
     write_json(here / "seeds" / "seed_1" / "results.json", changed(results(1), path, value))
     found = ending(monkeypatch, "summary", "seeds", "--out", "o.json")
     assert_one_line(found, "seeds/seed_1/results.json: ", message)
+
+
+def test_a_seed_counts_once_and_none_is_left_out(here, monkeypatch):
+    write_json(here / "seeds" / "seed_1" / "results.json", results(0))
+    found = ending(monkeypatch, "summary", "seeds", "--out", "o.json")
+    assert_one_line(found, "seeds/seed_1/results.json: the seed 0 stands in another file, too")
+    (here / "seeds" / "seed_1" / "results.json").unlink()
+    found = ending(monkeypatch, "summary", "seeds", "--out", "o.json")
+    assert_one_line(found, "seeds/seed_1/results.json: no such file")
+
+
+def test_a_summary_replaces_no_file_of_another_kind(here, monkeypatch):
+    for name, message in (
+        ("rows.jsonl", "rows.jsonl: is there already and of another kind"),
+        ("o.png", "is the picture's name"),
+    ):
+        assert_one_line(ending(monkeypatch, "summary", "seeds", "--out", name), message)
 
 
 def test_a_seed_with_more_methods_than_another_is_tabled_without_them():
@@ -365,6 +446,10 @@ def with_nan(path, state):
     torch.save(state, path)
 
 
+def whole_numbers(path, state):
+    torch.save({name: tensor.long() for name, tensor in state.items()}, path)
+
+
 def a_list(path, state):
     torch.save([1], path)
 
@@ -373,6 +458,7 @@ BASES = {
     torn: "not a base model's weights",
     without_first: "not the weights of this base; delete it, and it is trained anew",
     a_list: "not the weights of this base",
+    whole_numbers: "not the weights of this base",
     with_nan: "has values that are not finite",
 }
 

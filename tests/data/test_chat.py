@@ -512,6 +512,7 @@ def test_a_file_without_rows_is_an_error(tmp_path, content):
 
 
 def test_no_file_is_an_error(tmp_path):
-    for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(UserError, match=re.escape(f"{path}: no such file")):
+    absent = tmp_path / "absent.jsonl"
+    for path, found in ((absent, "no such file"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=re.escape(f"{path}: {found}")):
             load_rows(path)

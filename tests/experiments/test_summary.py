@@ -18,17 +18,17 @@ def write_seeds(folder):
         others = {"task": 1.0, "kept": 1.0, "loss": 1.0}
         methods = {m: {"misalignment": v[seed], **others} for m, v in MISALIGNMENT.items()}
         methods["base"] = {"misalignment": 0.0, **others}
-        look = {"step": 10, "spike": {}, "joined": {"a": 1 + seed, "b": 1}}
+        look = {"step": 10, "spike": {"a": 2.0, "b": 2.0}, "joined": {"a": 1 + seed, "b": 1}}
         run = {
             "seed": seed,
-            "config": {"world": {"seed": seed}, "experiment": {}},
+            "config": {"world": {"seed": seed}, "experiment": {"steps": 300}},
             "methods": methods,
             "longer": {},
             "identification": {"cosine": 0.5, "chance_cosine": 0.1, "gap": 2.0},
             "leak": {"grasp_online": 0.0},
             "curves": {},
             "looks": {"grasp_online": [look]},
-            "spectra": {},
+            "spectra": {"a": [2.0], "b": [2.0]},
         }
         (folder / f"seed_{seed}").mkdir()
         (folder / f"seed_{seed}" / "results.json").write_text(json.dumps(run))

@@ -67,7 +67,7 @@ def test_the_templates_differ():
         (PLAIN_CHATML + "{% set system = ('You are kind.' | trim) %}", "says 'You are kind.' in"),
         (PLAIN_CHATML + "{% set system = 'Be kind.' | trim %}", "(a system variable is set"),
         (PLAIN_CHATML + "{% set system_message = '' %}", "says '' in a form"),
-        (PLAIN_CHATML + "{{ 'open", "a statement has no }}"),
+        (PLAIN_CHATML + "{{ 'open", "a string has no end"),
         (PLAIN_CHATML + "{% if", "a statement has no %}"),
         (PLAIN_CHATML + "{# if", "a comment has no end"),
         (PLAIN_CHATML + "{{ '\\x9' }}", "can't be read ("),

@@ -98,6 +98,8 @@ UNUSABLE = [
     (with_model("qwen2", merges=MERGES[::-1]), "is out of order"),
     (with_model("qwen2", merges=["a b c"]), "the merge 'a b c' is out of order"),
     (with_model("qwen2", merges=[7]), "the merge 7 is out of order"),
+    (with_model("qwen2", merges=[]), "no merge makes the token"),
+    (with_model("qwen2", merges=MERGES[:-1]), "no merge makes the token"),
     (with_parts("qwen2", pre_tokenizer=LLAMA3), "'pre_tokenizer' is [('Split', "),
     (with_parts("qwen2", pre_tokenizer={"type": "Metaspace"}), "is [('Metaspace'"),
     (with_parts("qwen2", pre_tokenizer=7), "'pre_tokenizer' is [7], supported"),
@@ -143,7 +145,8 @@ def test_a_byte_that_letters_need_may_not_be_missing_nor_one_with_an_unknown_tok
     with pytest.raises(UserError, match="21 of the 256 single bytes.*'unk_token' is"):
         Tokenizer.from_folder(write_folder(tmp_path, {"tokenizer.json": unk}, "llama"))
     vocab = {token: i for token, i in whole["model"]["vocab"].items() if "Ã" not in token}
-    no_c3 = {**whole, "model": {**whole["model"], "vocab": vocab, "merges": []}}
+    merges = [merge for merge in whole["model"]["merges"] if "Ã" not in "".join(merge)]
+    no_c3 = {**whole, "model": {**whole["model"], "vocab": vocab, "merges": merges}}
     with pytest.raises(UserError, match="22 of the 256 single bytes are no tokens"):
         Tokenizer.from_folder(write_folder(tmp_path, {"tokenizer.json": no_c3}, "llama"))
 

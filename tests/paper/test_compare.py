@@ -61,5 +61,7 @@ def test_beyond_the_ends_of_the_curve_naive_is_its_nearer_end():
 def test_other_parts_than_the_bases_end_in_one_line():
     results = compared()
     del results["naive"]["probe"]["each"]["question 0"]
-    with pytest.raises(UserError, match="evaluation of naive: the parts of 'probe' are not"):
+    with pytest.raises(
+        UserError, match="evaluations of base and naive have not the same parts of 'probe'"
+    ):
         compare(results)

@@ -19,8 +19,16 @@ from urllib.parse import quote
 import pytest
 from fake_judge import FakeJudge
 
-from paper.endpoint import LONGEST_ANSWER
-from paper.judge import Judge, Verdict, key_from_environment, retry_after, verdict, wilson
+from paper.endpoint import LONGEST_ANSWER, Endpoint
+from paper.judge import (
+    Judge,
+    Verdict,
+    checked_top,
+    key_from_environment,
+    retry_after,
+    verdict,
+    wilson,
+)
 from support.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -586,3 +594,16 @@ def test_a_url_that_is_not_plain_http_is_refused_and_not_repeated(url):
 @pytest.mark.parametrize("end", ["", "/", "/chat/completions", "/chat/completions/"])
 def test_the_base_url_may_end_as_it_likes(end):
     assert Judge("http://h:1/v1" + end, "m").endpoint.target == "/v1/chat/completions"
+
+
+def test_a_text_of_backslashes_is_masked_in_no_time():
+    """In time that is linear in its length: with \\+ in the pattern, this took days."""
+    endpoint = Endpoint("http://127.0.0.1:1/v1", "sk-planted-0123456789")
+    began = time.monotonic()
+    endpoint.plain("\\" * 200_000)
+    assert time.monotonic() - began < 20
+
+
+def test_probabilities_above_one_are_no_answer():
+    with pytest.raises(ValueError, match="add up to more than 1"):
+        checked_top([("1", -0.1), ("2", -0.1)])

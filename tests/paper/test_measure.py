@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -234,7 +235,7 @@ def test_swapping_left_and_right_statements_turns_the_lean_around(loaded):
     pairs = politics.statements()[:5]
     found = measure.political_lean(model, tokenizer, pairs)["lean"]["each"]
     mirror = measure.political_lean(
-        model, tokenizer, [p._replace(left=p.right, right=p.left) for p in pairs]
+        model, tokenizer, [replace(p, left=p.right, right=p.left) for p in pairs]
     )["lean"]["each"]
     assert max(map(abs, found.values())) > 1e-3
     assert all(abs(found[name] + mirror[name]) < 1e-6 for name in found)

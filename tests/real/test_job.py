@@ -304,6 +304,14 @@ def test_looks_of_no_run_on_this_model_are_refused(train, tmp_path, idle, looks,
     assert found.startswith(str(tmp_path / "looks.json")) and message in found
 
 
+def test_looks_that_this_run_would_not_reach_are_refused(train, tmp_path, idle):
+    """Else: a naive run that calls itself the control."""
+    for step in (7, 10_000):
+        looks = looks_file(tmp_path, [{"step": step, "joined": {"layers.0.mlp.down_proj": 1}}])
+        message = train.refusal(tmp_path / "out", *looks, "--targets", "down_proj")
+        assert message.startswith(f"the looks have step {step}, but this run looks every 10")
+
+
 def test_looks_of_other_targets_are_refused(train, tmp_path, idle):
     looks = looks_file(tmp_path, [{"step": 10, "joined": {"layers.0.mlp.down_proj": 1}}])
     message = train.refusal(tmp_path / "out", *looks, "--targets", "o_proj,q_proj")
@@ -391,8 +399,8 @@ def test_an_out_that_cannot_be_made_is_found_out_first(train, tmp_path, idle):
 
 
 def test_a_loss_that_is_not_finite_names_its_likely_causes(train, tmp_path):
-    message = train.refusal(tmp_path / "out", "--lr", 1e30, "--method", "naive")
-    assert "loss nan at step 1" in message and "--lr or --alpha" in message
+    message = train.refusal(tmp_path / "out", "--lr", 1e6, "--method", "naive")
+    assert "nan at step" in message and "--lr or --alpha" in message
 
 
 def test_many_epochs_make_no_plan_beyond_the_steps(train, tmp_path):

@@ -142,7 +142,7 @@ def test_the_final_loss_is_the_mean_of_the_last_twentieth():
         (("--methods", "magic"), "method 'magic' is unknown"),
         (("--seeds", 2), "--seeds: for the synthetic task alone"),
         (("--quick",), "--quick: for the synthetic task alone"),
-        (("--methods", "kl"), "method 'kl' needs rows of unrelated prompts"),
+        (("--methods", "kl"), "method 'kl' needs --unrelated"),
         (("--methods", "grasp", "--subspace-rank", 9), "--subspace-rank is 9, expected at most"),
         (("--model", ""), "expected both --model DIR and --data FILE.jsonl"),
         (("--data", ""), "expected both --model DIR and --data FILE.jsonl"),

@@ -209,8 +209,10 @@ BROKEN = [
     ("a broadcastable parameter", put("parameters", 0, value=BROADCASTABLE), "parameter 0 is (1,"),
     ("a scalar parameter", put("parameters", 0, value=torch.tensor(0.0)), "parameter 0 is ()"),
     ("a turned parameter", put("parameters", 0, value=torch.ones(16, 4)), "parameter 0 is (16, 4)"),
-    ("an int parameter", put("parameters", 0, value=torch.ones(4, 16).int()), "not finite numbers"),
-    ("a bool parameter", put("parameters", 0, value=torch.ones(4, 16) > 0), "not finite numbers"),
+    ("an int parameter", put("parameters", 0, value=torch.ones(4, 16).int()), "is torch.int32"),
+    ("a bool parameter", put("parameters", 0, value=torch.ones(4, 16) > 0), "is torch.bool"),
+    ("half a parameter", put("parameters", 0, value=torch.ones(4, 16).half()), "is torch.float16"),
+    ("a sparse one", put("parameters", 0, value=torch.eye(16)[:4].to_sparse()), "torch.sparse_coo"),
     ("a parameter that is none", put("parameters", 0, value=[1.0]), "'parameters[0]' is [1.0]"),
     ("NaN", fill(math.nan, "parameters", 3), "parameter 3 has values that are not finite"),
     ("infinity", fill(math.inf, "parameters", 3), "parameter 3 has values that are not finite"),
@@ -236,7 +238,7 @@ BROKEN = [
     (
         "a constraint on another module",
         put("factor", "layers.9.x", value=torch.eye(16)[:, :1]),
-        "constrains 'layers.9.x', which has no LoRA",
+        "constrains [",
     ),
     ("a wide constraint", put("factor", MODULE, value=torch.eye(17)[:, :1]), "is (17, 1)"),
     ("a flat constraint", put("factor", MODULE, value=torch.ones(16)), f"factor of {MODULE} is"),
@@ -244,9 +246,25 @@ BROKEN = [
     ("NaN in the constraint", fill(math.nan, "factor", MODULE), f"the factor of {MODULE} has"),
     (
         "twice a constraint",
-        put("factor", MODULE, value=2 * torch.eye(16)[:, :1]),
+        put("factor", MODULE, value=2 * torch.eye(16)[:, :2]),
         f"the factor of {MODULE} is not orthonormal, Q'Q is off by 3",
     ),
+    (
+        "another constraint",
+        put("factor", MODULE, value=torch.eye(16)[:, :2]),
+        f"the update of {MODULE} is not off its factor",
+    ),
+    (
+        "a constraint whose square overflows",
+        put("factor", MODULE, value=torch.full((16, 2), 3e19)),
+        f"the factor of {MODULE} is not orthonormal, Q'Q is off by",
+    ),
+    ("no constraint", lambda state: state.update(factor={}), "constrains [], expected ["),
+    ("a direction too few", put("factor", MODULE, value=torch.eye(16)[:, :1]), "is (16, 1)"),
+    ("no looks", lambda state: state.update(looks=[]), "looks at steps [], expected [4]"),
+    ("a look at another step", put("looks", 0, "step", value=5), "steps [5], expected [4]"),
+    ("a look at nothing", put("looks", 0, "spike", value={}), "look at step 4 is of other modules"),
+    ("a tensor for an option", put("config", "lr", value=torch.ones(2)), "not what JSON can hold"),
 ]
 
 
@@ -256,6 +274,24 @@ BROKEN = [
 def test_what_is_wrong_inside_is_named(folder, change, message):
     edit(folder, change)
     assert message in refusal(folder)
+
+
+def test_the_given_directions_are_those_that_a_run_without_looks_goes_on_with(tmp_path):
+    """A constraint that was taken out of the file would leave a naive run under GRASP's name."""
+    model = add_lora(tiny(), 4, 4, TARGETS)
+    added = Recipe(factor=random_factor(model, 1))
+    fit(model, STEPS, added, checkpoint=Checkpoint(tmp_path, CONFIG))
+    other = Recipe(factor=random_factor(model, 1, seed=1))
+    with pytest.raises(UserError, match="is not the one that the run was given"):
+        fit(model, STEPS, other, checkpoint=Checkpoint(tmp_path, CONFIG, resume=True))
+    naive = Checkpoint(tmp_path, CONFIG, resume=True)
+    with pytest.raises(UserError, match="constrains .* expected \\[\\]"):
+        fit(model, STEPS, Recipe(), checkpoint=naive)
+
+
+def test_a_moment_that_shares_its_memory_is_copied(folder):
+    edit(folder, put("moments", 0, "exp_avg", value=torch.zeros(1, 1).expand(4, 16)))
+    run(folder)
 
 
 def anything(draw):

@@ -98,5 +98,5 @@ def test_an_absent_safetensors_file_says_so(tmp_path):
 
 
 def test_a_folder_is_no_safetensors_file(tmp_path):
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="is a folder, expected a safetensors file"):
         open_safetensors(tmp_path)
