@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,32 @@ def test_the_results_page_has_every_method(method):
 @pytest.mark.parametrize("method", SUMMARIES["writers"]["longer"])
 def test_the_results_page_has_every_longer_run(method):
     assert row_with(RESULTS, cells(method, "longer")), cells(method, "longer")
+
+
+def numbers_of(runs, method, names):
+    """The cells of one method over seeds: mean ± standard deviation of each measurement."""
+    found = []
+    for name in names:
+        values = [run[method][name]["value"] for run in runs]
+        mean, deviation = statistics.fmean(values), statistics.stdev(values)
+        text = cell({"mean": mean, "sd": deviation})
+        found.append(text.replace("-0.", "-."))
+    return found
+
+
+MEDICAL = json.loads((ROOT / "docs" / "results" / "smollm2_medical.json").read_text())["seeds"]
+MEASURED = ("probe", "transfer_risky_financial_advice_50", "transfer_extreme_sports_50")
+
+
+@pytest.mark.parametrize("method", MEDICAL["1"])
+def test_the_real_models_page_has_every_method(method):
+    text = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
+    runs = list(MEDICAL.values())
+    beyond = ["loss", *(f"{name}_beyond_control" for name in MEASURED)]
+    assert row_with(text, numbers_of(runs, method, beyond))
+    if method.startswith("grasp"):
+        at_equal_loss = [f"{name}_at_equal_loss" for name in MEASURED]
+        assert row_with(text, numbers_of(runs, method, at_equal_loss))
 
 
 def test_the_committed_results_are_of_the_seeds_that_the_readme_names():
