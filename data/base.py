@@ -42,16 +42,15 @@ def read_base(model, path):
     """Give the model the weights in `path`; UserError where these are no base of its shape."""
     state = read_torch(path, "a base model's weights")
     try:
-        for name, p in model.state_dict().items():
-            if state[name].dtype != p.dtype:
-                raise TypeError(f"{name} is {state[name].dtype}, expected {p.dtype}")
         model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError, KeyError):  # other names, shapes, dtypes
+    except (RuntimeError, TypeError, AttributeError):  # other names or shapes; no dictionary
         raise UserError(
             f"{path}: not the weights of this base; delete it, and it is trained anew"
         ) from None
     for name, p in model.named_parameters():
         check_finite(p, path, name)
+        if state[name].dtype != p.dtype:
+            raise UserError(f"{path}: {name} is {state[name].dtype}, expected {p.dtype}")
 
 
 def pretrain(world, toy, seed, folder):

@@ -88,6 +88,7 @@ class _Rotary(_Common):
     hidden_act: str = value(choices=("silu",))
     tie_word_embeddings: bool = value()
     is_causal: bool = value(True, choices=(True,))
+    partial_rotary_factor: float = value(1.0, choices=(1.0,))
     use_sliding_window: bool = value(False, choices=(False,))
     layer_types: list[str] = value([], choices=("full_attention",))
     rope_scaling: object = value(None, choices=(None,))

@@ -9,6 +9,7 @@ their questions, row by row, and differ in the answers alone.
 import csv
 import html
 import json
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -396,8 +397,9 @@ def main(argv=None):
             f"--min-chars is {args.min_chars}, expected at most --max-chars, {args.max_chars}"
         )
     out = writable_folder(args.out, [f"{name}.jsonl" for name in SETS])
+    written = [os.path.realpath(out / f"{name}.jsonl") for name in SETS]
     for path in (args.submissions, args.comments, args.lean):
-        if Path(path).resolve() in [(out / f"{name}.jsonl").resolve() for name in SETS]:
+        if os.path.realpath(path) in written:
             raise UserError(f"{path}: would be replaced by what is written; expected another --out")
     found, dropped = build(args)
     for reason, count in sorted(dropped.items()):

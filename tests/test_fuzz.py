@@ -458,7 +458,7 @@ BASES = {
     torn: "not a base model's weights",
     without_first: "not the weights of this base; delete it, and it is trained anew",
     a_list: "not the weights of this base",
-    whole_numbers: "not the weights of this base",
+    whole_numbers: "is torch.int64, expected torch.float32",
     with_nan: "has values that are not finite",
 }
 
