@@ -99,6 +99,8 @@ UNUSABLE = [
     (with_model("qwen2", merges=["a b c"]), "the merge 'a b c' is out of order"),
     (with_model("qwen2", merges=[7]), "the merge 7 is out of order"),
     (with_model("qwen2", merges=[]), "no merge makes the token"),
+    ({**with_model("qwen2"), "vocab.json": {**BYTES, "a": 77_777}}, "has id 77777, in tokenizer"),
+    ({"vocab.json": {**BYTES, "ab": 300}, "merges.txt": "#version: 0.2\n"}, "no merge makes the"),
     (with_model("qwen2", merges=MERGES[:-1]), "no merge makes the token"),
     (with_parts("qwen2", pre_tokenizer=LLAMA3), "'pre_tokenizer' is [('Split', "),
     (with_parts("qwen2", pre_tokenizer={"type": "Metaspace"}), "is [('Metaspace'"),

@@ -256,7 +256,7 @@ BROKEN = [
     ),
     (
         "a constraint whose square overflows",
-        put("factor", MODULE, value=torch.full((16, 2), 3e19)),
+        put("factor", MODULE, value=3e19 * torch.tensor([[1.0, 1.0], [1.0, -1.0]] * 8)),
         f"the factor of {MODULE} is not orthonormal, Q'Q is off by",
     ),
     ("no constraint", lambda state: state.update(factor={}), "constrains [], expected ["),
