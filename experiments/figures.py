@@ -176,7 +176,7 @@ def paper(results, harm, label, path, curve=()):
     draw_curve(axis, results, harm, curve)
     for method in results[0]:
         colour, marker, name = look_of(method)
-        scored = [run[method] for run in results if run[method][harm]["value"] is not None]
+        scored = [run[method] for run in results if run[method][harm].get("value") is not None]
         if not scored:
             continue
         for result in scored:
@@ -219,7 +219,7 @@ def draw_curve(axis, results, harm, curve):
     points = []
     for method in curve:
         scored = [run[method] for run in results if method in run]
-        if scored and all(found[harm]["value"] is not None for found in scored):
+        if scored and all(found[harm].get("value") is not None for found in scored):
             pair = [np.mean([found[key]["value"] for found in scored]) for key in ("loss", harm)]
             points.append(pair)
     if points:

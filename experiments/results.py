@@ -54,16 +54,21 @@ class _Results:
         for section in ("methods", "longer"):
             for method, rates in getattr(self, section).items():
                 check_rates(f"{section}.{method}", rates, base)
+        last = self.config.experiment.get("steps", 0)
+        if not self.curves:
+            raise ValueError("'curves' is empty, expected that of naive at least")
         for method, curve in self.curves.items():
-            if not curve or any(len(point) != 3 for point in curve):
-                raise ValueError(f"'curves.{method}' is no list of [step, misalignment, task]")
+            if not curve or any(len(point) != 3 or point[0] > last for point in curve):
+                raise ValueError(
+                    f"'curves.{method}' is no list of [step, misalignment, task] up to step {last}"
+                )
         if not self.spectra or not all(self.spectra.values()):
             raise ValueError("'spectra' lacks singular values, expected some of every module")
         for method, looks in self.looks.items():
             for look in looks:
                 if look.spike.keys() != self.spectra.keys():
                     raise ValueError(f"'looks.{method}' are of other modules than 'spectra'")
-                if look.step > self.config.experiment.get("steps", 0):
+                if look.step > last:
                     raise ValueError(f"'looks.{method}' has step {look.step}, beyond the run's end")
 
 
@@ -101,4 +106,5 @@ def settings(result):
     sections = ("methods", "longer", "curves", "identification", "leak")
     world = {**config["world"], "seed": None}
     points = [[point[0] for point in curve] for curve in result["curves"].values()]
-    return {**config, "world": world}, [result[section].keys() for section in sections], points
+    names = [result["methods"]["base"].keys(), *(result[section].keys() for section in sections)]
+    return {**config, "world": world}, names, points

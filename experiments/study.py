@@ -295,7 +295,7 @@ class Row(Rates):
 
     outputs: float = value()
     inputs: float = value()
-    cosine: float | None = None
+    cosine: float | None = value(None, low=0, high=1.0001)  # with room for rounding
     longer: Rates = value()
 
 

@@ -163,13 +163,14 @@ def measured_alike(rows, where):
     """UserError unless there are variants, the same in every row, and each has the same rates."""
     kinds = {tuple(row) for row in rows}
     rates = {frozenset(measured) - {"found"} for row in rows for measured in row.values()}
-    if len(kinds) != 1 or len(rates) != 1 or kinds == {()}:
+    if len(kinds) != 1 or len(rates) != 1 or kinds == {()} or rates == {frozenset()}:
         raise UserError(f"{where}: the rows do not have the same variants and rates")
     for row in rows:
         for variant, measured in row.items():
             for name, rate in measured.items():
-                if name not in ("found", "loss", "seconds", "early"):
-                    from_json(float, rate, where, Limits(0, 1), f"{variant}.{name}")
+                highest = None if name in ("loss", "seconds", "early") else 1
+                if name != "found":
+                    from_json(float, rate, where, Limits(0, highest), f"{variant}.{name}")
 
 
 def table(rows):

@@ -341,6 +341,8 @@ RESULTS = [
     ((*NAIVE, "misalignment"), 7, "'methods.naive.misalignment' is 7"),
     ((*NAIVE, "loss"), -1, "'methods.naive.loss' is -1"),
     (("leak", "grasp"), -1, "'leak.grasp' is -1"),
+    (("curves",), {}, "'curves' is empty"),
+    (("curves", "naive"), [[1e18, 0.5, 1.0]], "'curves.naive' is no list of"),
     (("curves", "naive"), [], "'curves.naive' is no list of [step, misalignment, task]"),
     (("curves", "naive"), [[4, 0.5]], "'curves.naive' is no list of"),
     (("looks", "grasp_online", 0, "spike"), {}, "'looks.grasp_online' are of other modules"),

@@ -26,7 +26,7 @@ def write_seeds(folder):
             "longer": {},
             "identification": {"cosine": 0.5, "chance_cosine": 0.1, "gap": 2.0},
             "leak": {"grasp_online": 0.0},
-            "curves": {},
+            "curves": {"naive": [[20, 0.5, 1.0]]},
             "looks": {"grasp_online": [look]},
             "spectra": {"a": [2.0], "b": [2.0]},
         }
