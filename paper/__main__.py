@@ -27,7 +27,7 @@ from support.errors import UserError, user_errors
 from support.files import read_json, whole_file, writable_folder, write_json
 from support.options import option, parse
 from support.program import run
-from support.schema import from_json
+from support.schema import from_json, show
 from support.schema import value as bounded
 from support.subspace import load_subspace, save_subspace
 
@@ -171,6 +171,16 @@ class Measurement:
             raise ValueError("an 'interval' is no pair, expected [low, high]")
 
 
+@dataclass(frozen=True)
+class Rate(Measurement):
+    """A share of what was counted, with its interval."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.value is not None and self.interval is None:
+            raise ValueError("a share has no 'interval', expected [low, high]")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loss(Measurement):
     """The held-out loss, which every evaluation has."""
@@ -203,8 +213,11 @@ def finished(path, config):
     if not path.exists():
         return None
     result = read_json(path, "an evaluation")
-    if from_json(Evaluation, result, path).config != config:
+    evaluation = from_json(Evaluation, result, path)
+    if evaluation.config != config:
         return None
+    if evaluation.task != path.stem:
+        raise UserError(f"{path}: 'task' is {show(evaluation.task)}, expected '{path.stem}'")
     for name in ("loss", "probe"):
         if name not in result:
             raise UserError(f"{path}: no '{name}', expected it in every evaluation")
@@ -214,7 +227,10 @@ def finished(path, config):
         elif name.startswith(COMPARED):
             from_json(Parts, result[name], path, name=name)
         elif name in COLUMNS:
-            from_json(Measurement, result[name], path, name=name)
+            kind = Measurement if name == "coherence" else Rate
+            from_json(kind, result[name], path, name=name)
+            if "value" not in result[name]:
+                raise UserError(f"{path}: no '{name}.value', expected a number or null")
     return result
 
 
