@@ -204,16 +204,16 @@ def byte_of_character():
 
 def _pattern(path, whole, model_type):
     """(a key of PATTERNS, whether text is normalised) of tokenizer.json or else the model type."""
+    if whole.normalizer not in (None, {"type": "NFC"}):
+        raise UserError(
+            f"{path}: 'normalizer' is {show(whole.normalizer)}, supported: none, or of the type NFC"
+        )
     if whole.pre_tokenizer is None:
         if model_type == "llama":
             raise UserError(
                 f"{path}: no 'pre_tokenizer', which a llama checkpoint's tokenizer needs"
             )
         return ("gpt2", False) if model_type == "gpt2" else ("qwen", True)
-    if whole.normalizer not in (None, {"type": "NFC"}):
-        raise UserError(
-            f"{path}: 'normalizer' is {show(whole.normalizer)}, supported: none, or of the type NFC"
-        )
     pre = whole.pre_tokenizer
     steps = pre.get("pretokenizers") if isinstance(pre, dict) else None
     steps = [_step(step) for step in (steps if isinstance(steps, list) else [pre])]
