@@ -28,10 +28,10 @@ STYLES = {  # colour, marker, label
     "naive_quarter": ("#AAAAAA", "o", "naive, a quarter of the steps"),
     "control": ("#999999", "d", "naive, on the control rows"),
 }
-OTHER = ("#999999", ".")  # of a method that has no look of its own yet
+OTHER = ("#999999", ".")  # of a method that has no style of its own yet
 
 
-def look_of(method):
+def style_of(method):
     """(colour, marker, label) of a method."""
     return STYLES.get(method, (*OTHER, method))
 
@@ -85,7 +85,7 @@ def training(runs, path):
     """Mean over seeds (band: their range) of misalignment and task while fine-tuning."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharex=True, sharey=True)
     for method in runs[0]["curves"]:
-        colour, marker, label = look_of(method)
+        colour, marker, label = style_of(method)
         values = np.asarray([run["curves"][method] for run in runs])  # (seeds, points, 3)
         steps = values[0, :, 0]
         for axis, column in zip(axes, (1, 2), strict=True):
@@ -117,7 +117,7 @@ def tradeoff(results, path):
     """
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.9), sharey=True)
     for method in results[0]:
-        colour, marker, label = look_of(method)
+        colour, marker, label = style_of(method)
         ours = method == "grasp_online"
         for axis, key in zip(axes, ("task", "kept"), strict=True):
             x = [seed[method][key] for seed in results]
@@ -146,7 +146,7 @@ def profile(methods, path):
     figure, axis = plt.subplots(figsize=(1.6 * len(names) + 2.2, 3.6))
     offsets = np.linspace(-0.33, 0.33, len(methods))
     for offset, (method, measured) in zip(offsets, methods.items(), strict=True):
-        colour, marker, label = look_of(method)
+        colour, marker, label = style_of(method)
         axis.errorbar(
             np.arange(len(names)) + offset,
             [measured[name]["mean"] for name in names],
@@ -175,15 +175,14 @@ def paper(results, harm, label, path, curve=()):
     figure, axis = plt.subplots(figsize=(6.2, 4.2))
     draw_curve(axis, results, harm, curve)
     for method in results[0]:
-        colour, marker, name = look_of(method)
-        scored = [run[method] for run in results if run[method][harm].get("value") is not None]
+        colour, marker, name = style_of(method)
+        scored = [run[method] for run in results if run[method][harm]["value"] is not None]
         if not scored:
             continue
         for result in scored:
             pair = result["loss"], result[harm]
             x, y = (part["value"] for part in pair)
-            intervals = [part.get("interval") or [part["value"]] * 2 for part in pair]
-            (left, right), (low, high) = intervals
+            (left, right), (low, high) = (part["interval"] for part in pair)
             axis.errorbar(
                 x,
                 y,
@@ -219,7 +218,7 @@ def draw_curve(axis, results, harm, curve):
     points = []
     for method in curve:
         scored = [run[method] for run in results if method in run]
-        if scored and all(found[harm].get("value") is not None for found in scored):
+        if scored and all(found[harm]["value"] is not None for found in scored):
             pair = [np.mean([found[key]["value"] for found in scored]) for key in ("loss", harm)]
             points.append(pair)
     if points:

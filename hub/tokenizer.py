@@ -146,17 +146,17 @@ def _vocabulary(folder, whole):
 
 def _special_tokens(folder, vocab, whole, settings):
     """{special token: id}, from whichever of the files name them."""
-    named = [(token.content, token.id) for token in whole.added_tokens]
-    named += (_read_if_there(dict[str, int], folder / "added_tokens.json") or {}).items()
+    pairs = [(token.content, token.id) for token in whole.added_tokens]
+    pairs += (_read_if_there(dict[str, int], folder / "added_tokens.json") or {}).items()
     for number, token in settings.added_tokens_decoder.items():
         if not number.isdecimal() or len(number) > 10 or int(number) > IDS.high:
             raise UserError(
                 f"{folder / 'tokenizer_config.json'}: 'added_tokens_decoder' has the id "
                 f"{show(number)}, expected a whole number"
             )
-        named.append((token.content, int(number)))
+        pairs.append((token.content, int(number)))
     specials = {name: vocab[name] for name in QWEN_SPECIAL if name in vocab}
-    for name, i in named:
+    for name, i in pairs:
         if specials.setdefault(name, i) != i:
             raise UserError(
                 f"{folder}: its tokenizer files give {show(name)} the ids {specials[name]} and {i}"

@@ -378,8 +378,9 @@ def main(argv=None):
     methods = methods_to_run(args)
     names = ["settings.json", "judge.jsonl", "table.md", "results.json", "tradeoff.png"]
     out = writable_folder(args.out, names)
+    measured = ("base", *methods, "control") if args.control else ("base", *methods)
     for seed in range(args.seed, args.seed + args.seeds):
-        for name in ("base", "control", *methods):
+        for name in measured:
             writable_folder(out / f"seed_{seed}" / name, [*RESULTS, f"{args.task}.json", *ANSWERS])
     check_settings(args, out)
     load_questions(args.questions or None)  # a fault in the file ends the run here

@@ -203,6 +203,9 @@ def check_factor(path, state, recipe, modules):
         for name, n_directions in look["joined"].items():
             widths[name] = widths.get(name, 0) + n_directions
     factor = state["factor"]
+    for name in factor:
+        if name not in modules:
+            raise UserError(f"{path}: constrains {show(name)}, which has no LoRA")
     if factor.keys() != widths.keys():
         raise UserError(
             f"{path}: constrains {show(sorted(factor))}, expected {show(sorted(widths))}"

@@ -400,7 +400,7 @@ def test_an_out_that_cannot_be_made_is_found_out_first(train, tmp_path, idle):
 
 def test_a_loss_that_is_not_finite_names_its_likely_causes(train, tmp_path):
     message = train.refusal(tmp_path / "out", "--lr", 1e6, "--method", "naive")
-    assert "nan at step" in message and "--lr or --alpha" in message
+    assert "norm nan at step 1" in message and "--lr or --alpha" in message
 
 
 def test_many_epochs_make_no_plan_beyond_the_steps(train, tmp_path):

@@ -238,7 +238,7 @@ BROKEN = [
     (
         "a constraint on another module",
         put("factor", "layers.9.x", value=torch.eye(16)[:, :1]),
-        "constrains [",
+        "constrains 'layers.9.x', which has no LoRA",
     ),
     ("a wide constraint", put("factor", MODULE, value=torch.eye(17)[:, :1]), "is (17, 1)"),
     ("a flat constraint", put("factor", MODULE, value=torch.ones(16)), f"factor of {MODULE} is"),
