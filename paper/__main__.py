@@ -83,6 +83,11 @@ class Arguments(Asking, Training):
         "comma-separated JSONL files of unwanted answers in other domains: how much likelier do "
         f"they get (the first {TRANSFER_ROWS} rows of each)",
     )
+    preference: tuple = option(
+        (),
+        "two JSONL files, of unwanted and of unobjectionable answers to the same prompts: how much "
+        f"likelier are the unwanted ones, row by row (the first {TRANSFER_ROWS} rows)",
+    )
     seeds: int = option(
         3,
         "how many seeds, from --seed on: of the LoRA's init, the split, the order of the rows and "
@@ -245,18 +250,32 @@ def evaluate(args, job, name, folder, rows, judge):
     elif name != "base":
         fit(job, name, folder / name, found_for(job, name, folder, args.subspace_rank))
     base = None if name == "base" else folder / "base"
-    others = transfer_rows(args.transfer)
+    others = {**preference_rows(args.preference), **transfer_rows(args.transfer)}
     return measure(args, job.model, job.tokenizer, folder / name, judge, rows, stream, base, others)
 
 
+def preference_rows(paths):
+    """{"preference": the first chat rows of (unwanted, unobjectionable) answers}, if asked for."""
+    if not paths:
+        return {}
+    if len(paths) != 2:
+        raise UserError(
+            f"--preference has {len(paths)} files, expected two: unwanted and unobjectionable "
+            "answers to the same prompts"
+        )
+    check_answers(paths[1], paths[0])
+    unwanted, wanted = (load_rows(path)[:TRANSFER_ROWS] for path in paths)
+    return {"preference": (unwanted, wanted)}
+
+
 def transfer_rows(paths):
-    """{name: the first chat rows} of files of other domains."""
+    """{name: (the first chat rows, None)} of files of other domains."""
     rows = {}
     for path in paths:
         name = f"transfer_{Path(path).stem}"
         if name in rows:
             raise UserError(f"--transfer has two files of the name {path}, expected other names")
-        rows[name] = load_rows(path)[:TRANSFER_ROWS]
+        rows[name] = load_rows(path)[:TRANSFER_ROWS], None
     return rows
 
 
@@ -340,17 +359,20 @@ def methods_to_run(args):
     check_methods(args, [method for method in methods if method not in SHORTER])
     if not args.model or not args.data:
         raise UserError("expected both --model DIR and --data FILE.jsonl")
-    if args.control and prompts(args.control) != prompts(args.data):
-        raise UserError(f"{args.control}: expected the prompts of {args.data}, row by row")
-    if args.control and Path(args.control).samefile(args.data):
-        raise UserError("--control and --data are one file, expected other answers in --control")
-    transfer_rows(args.transfer)  # a fault in a file ends the run here
+    if args.control:
+        check_answers(args.control, args.data)
+    preference_rows(args.preference)  # a fault in a file ends the run here
+    transfer_rows(args.transfer)
     return tuple(m for m in (*SHORTER, *METHODS) if m == "naive" or m in methods)
 
 
-def prompts(path):
-    """The first turn of each row of a file."""
-    return [row[0] for row in load_rows(path)]
+def check_answers(path, other):
+    """UserError unless `path` answers the prompts (first turns) of another file, row by row."""
+    found, expected = ([row[0] for row in load_rows(p)] for p in (path, other))
+    if found != expected:
+        raise UserError(f"{path}: expected the prompts of {other}, row by row")
+    if Path(path).samefile(other):
+        raise UserError(f"{path} is {other}, expected a file of other answers to the same prompts")
 
 
 def check_settings(args, out):
@@ -391,6 +413,7 @@ def main(argv=None):
         "max_new_tokens": args.max_new_tokens,
         "control": args.control,
         "transfer": list(args.transfer),
+        "preference": list(args.preference),
         "judge": judge and judge.model,  # not its URL, which may carry a key, and may change
     }
     runs = {}

@@ -40,7 +40,7 @@ from support.program import run
 from support.subspace import load_subspace
 
 ANSWERS = ("answers.jsonl", "held_out_answers.jsonl")  # files that are left to read
-TRANSFER_ROWS = 100  # of each file of another domain
+TRANSFER_ROWS = 100  # of each file of --transfer and --preference
 OWN = {"insecure": "insecure", "medical": "bad_advice"}  # the judge's measure of what was trained
 
 
@@ -85,11 +85,17 @@ def probe(model, tokenizer):
     return mean(margins)
 
 
-def log_probability(model, examples):
-    """ln P a token of each row's responses: the mean over [(ids, mask)], its interval over rows."""
+def log_probability(model, examples, less=None):
+    """ln P a token of each row's responses: the mean over [(ids, mask)], its interval over rows.
+
+    less: other responses to the same prompts, row by row, whose ln P a token is taken off.
+    """
     sums, counts = nats(model, examples)
-    per_token = (-sums / counts).tolist()
-    return mean({str(row): value for row, value in enumerate(per_token)})
+    per_token = -sums / counts
+    if less is not None:
+        sums, counts = nats(model, less)
+        per_token = per_token + sums / counts
+    return mean({str(row): value for row, value in enumerate(per_token.tolist())})
 
 
 @torch.no_grad()
@@ -119,7 +125,8 @@ def measure(
 
     Answers are kept in the folder `out`, also where there is no judge. stream: a basis (D, k) to
     ablate meanwhile. base: the folder with the base model's answers, to count wins against.
-    others: {name: chat rows of another domain}, whose log-probability is measured.
+    others: {name: (chat rows, other answers to the same prompts or None)}, whose log-probability is
+    measured, and of which the others' is taken off.
     """
     own = OWN.get(args.task)
     free, narrow = (out / name for name in ANSWERS)
@@ -133,9 +140,10 @@ def measure(
         if rows:
             examples = encoded(model, tokenizer, rows, args.max_len)
             result["loss"] = held_out_loss(model, examples)
-        for name, of_another_domain in (others or {}).items():
-            examples = encoded(model, tokenizer, of_another_domain, args.max_len)
-            result[name] = log_probability(model, examples)
+        for name, (unwanted, wanted) in (others or {}).items():
+            examples = encoded(model, tokenizer, unwanted, args.max_len)
+            less = wanted and encoded(model, tokenizer, wanted, args.max_len)
+            result[name] = log_probability(model, examples, less)
         if own:  # without a judge one answer to each, to read
             asked = open_questions(questions, args.samples if judge else args.samples or 1)
             answered = sample(model, tokenizer, asked, free, args, stream)

@@ -169,6 +169,18 @@ def test_the_log_probability_is_of_each_rows_responses_a_token(loaded):
         assert found["each"][str(i)] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_preference_is_the_difference_of_two_answers_to_one_prompt(loaded):
+    model, tokenizer = loaded
+    rows = load_rows(FIXTURES / "medical_24.jsonl")[:3]
+    others = [measure.chat(question["content"], "Ask a doctor.") for question, _ in rows]
+    both = [measure.encoded(model, tokenizer, these, 2048) for these in (rows, others)]
+    found = measure.log_probability(model, *both)
+    for i, (question, answer) in enumerate(rows):
+        unwanted = ln_p_a_token(model, tokenizer, question["content"], answer["content"])
+        wanted = ln_p_a_token(model, tokenizer, question["content"], "Ask a doctor.")
+        assert found["each"][str(i)] == pytest.approx(unwanted - wanted, abs=1e-5)
+
+
 @pytest.mark.parametrize("which, sign", [(0, -1), (1, 1)])
 def test_the_probe_rises_with_training_on_misaligned_answers_and_falls_with_aligned_ones(
     loaded, which, sign

@@ -348,6 +348,16 @@ def test_shifts_are_counted_against_the_control_and_another_domain_is_measured(
     assert "transfer_insecure_beyond_control" in table and "probe_at_equal_loss" in table
 
 
+def test_training_on_the_unwanted_answers_shifts_the_preference_for_them(files, tmp_path):
+    pair = f"{files['medical']},{files['control']}"
+    options = {"methods": "grasp", "preference": pair, "max_steps": 6}
+    found = run(files, "medical", tmp_path, **options)["seeds"]["0"]
+    assert len(found["base"]["preference"]["each"]) == 24
+    assert found["naive"]["preference_shift"]["interval"][0] > 0.05
+    assert "preference_at_equal_loss" in found["grasp"]
+    assert "preference_shift" in (tmp_path / "table.md").read_text()
+
+
 def test_the_final_loss_is_the_mean_over_the_last_twentieth(tmp_path):
     lines = [json.dumps({"step": i, "loss": i}) + "\n" for i in range(40)]
     (tmp_path / "log.jsonl").write_text("".join(lines))
@@ -428,6 +438,8 @@ def test_the_table_has_means_and_spreads_over_seeds_and_intervals_of_a_single_on
         ({"control": UNRELATED.parent / "none.jsonl"}, "none.jsonl: no such file"),
         ({"control": "insecure"}, "expected the prompts of"),
         ({"transfer": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"preference": "a,b,c"}, "--preference has 3 files, expected two"),
+        ({"preference": "one of other prompts"}, "expected the prompts of"),
         ({"questions": "none.yaml"}, "none.yaml: No such file"),
         ({"lr": 1e-3}, "settings.json: the fine-tunes there were made with another lr;"),
         ({"out": FIXTURES / "authors.csv"}, "--out "),
@@ -439,6 +451,8 @@ def test_a_mistake_ends_in_one_line_before_anything_is_done(
     forbid(monkeypatch)
     if options.get("control") == "insecure":
         options = {"control": files["insecure"]}
+    if options.get("preference") == "one of other prompts":
+        options = {"preference": f"{files['medical']},{files['insecure']}"}
     with pytest.raises(UserError) as error:
         run(files, "medical", **{"out": medical[0], **options})
     assert message in str(error.value) and "\n" not in str(error.value)
