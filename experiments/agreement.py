@@ -10,8 +10,8 @@ from dataclasses import MISSING, dataclass
 
 import torch
 
-from hub.adapter import read_adapter
-from identify import thin_svd, top_directions
+from identify import top_directions
+from real.spectrum import spectra_of
 from support.errors import UserError
 from support.options import option, parse
 from support.program import run
@@ -19,9 +19,7 @@ from support.program import run
 
 def directions(folder):
     """{path in transformers: u (out,)}: the top output direction of each adapted module."""
-    adapters = read_adapter(folder).items()
-    svds = {path: thin_svd(adapter.A, adapter.B, adapter.scaling) for path, adapter in adapters}
-    return {path: U[:, 0] for path, U in top_directions(svds).items()}
+    return {path: U[:, 0] for path, U in top_directions(spectra_of(folder)).items()}
 
 
 def agreement(first, second):

@@ -1,4 +1,8 @@
-"""The command line of identify.py: the spectrum of an adapter on disk, and its subspace file."""
+"""The command line of identify.py: the spectrum of an adapter on disk, and its subspace file.
+
+--less is ours, and needs rows that the abstract's method does without: an adapter trained on
+unobjectionable answers to the same prompts tells apart what bad answers share from what all do.
+"""
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -6,11 +10,38 @@ from pathlib import Path
 from baselines.stream import stream_subspace
 from hub.adapter import read_adapter
 from identify import gap, thin_svd, top_directions
-from support.errors import user_errors
+from support.errors import UserError, user_errors
 from support.files import writable_file
 from support.options import option, parse
 from support.program import run
 from support.subspace import is_subspace, save_subspace
+from train import project_
+
+
+def spectra_of(folder):
+    """{path: (U, S, V)} of an adapter's updates."""
+    adapters = read_adapter(folder).items()
+    return {path: thin_svd(adapter.A, adapter.B, adapter.scaling) for path, adapter in adapters}
+
+
+def spectra_beyond(folder, other, rank):
+    """{path: (U, S, V)} of what an adapter says beyond the first `rank` directions of another.
+
+    UserError where the two do not fit, or where nothing is left.
+    """
+    with user_errors(other):
+        known = top_directions(spectra_of(other), rank)
+    svds = {}
+    for path, adapter in read_adapter(folder).items():
+        if path not in known or len(known[path]) != len(adapter.B):
+            width = len(adapter.B)
+            raise UserError(f"{other}: no update of {path} of width {width}, as {folder} has")
+        B = adapter.B.clone()
+        project_(B, known[path])
+        if B.norm() <= 1e-6 * adapter.B.norm():  # rounding, which has a spectrum as well
+            raise UserError(f"{folder}: the update of {path} says nothing that {other} does not")
+        svds[path] = thin_svd(adapter.A, B, adapter.scaling)
+    return svds
 
 
 def print_spectra(svds):
@@ -29,16 +60,21 @@ class Arguments:
 
     adapter: str = option(MISSING, "folder with adapter_config.json and adapter_model.safetensors")
     rank: int = option(1, "directions of each module", low=1)
+    less: str = option(
+        "",
+        "another adapter, such as a control's: the update is taken without what it says along that "
+        "one's first --rank directions",
+    )
     out: str = option("", "the file to write (default: subspace.safetensors in that folder)")
 
 
 def main():
     """The command line."""
     args = parse(Arguments)
-    svds = {
-        path: thin_svd(adapter.A, adapter.B, adapter.scaling)
-        for path, adapter in read_adapter(args.adapter).items()
-    }
+    if args.less:
+        svds = spectra_beyond(args.adapter, args.less, args.rank)
+    else:
+        svds = spectra_of(args.adapter)
     print_spectra(svds)
     with user_errors(args.adapter):
         factor = top_directions(svds, args.rank)

@@ -8,7 +8,7 @@ import torch
 from checkpoints import make
 from toys import TARGETS, call, command, randomise, tiny
 
-from lora import add_lora, save_lora
+from lora import add_lora, lora_modules, save_lora
 from real.spectrum import main
 from support.errors import UserError
 from support.subspace import load_subspace, read_subspace
@@ -68,6 +68,41 @@ def test_one_line_for_each_module(adapter, monkeypatch, capsys):
     call(monkeypatch, main, adapter)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("model.layers.") for line in lines) == 2 * len(TARGETS)
+
+
+def planted(folder, outputs):
+    """An adapter whose updates say these directions of R^16, the first one loudest."""
+    model = tiny()
+    for m in lora_modules(add_lora(model, 3, 3, ("o_proj",))).values():
+        m.lora_A.data = torch.linalg.qr(m.lora_A.data.T)[0].T
+        m.lora_B.data.zero_()
+        for column, output in enumerate(outputs):
+            m.lora_B.data[output, column] = 3.0 - column
+    save_lora(model, folder)
+    return folder
+
+
+def test_less_a_control_the_direction_is_the_first_that_the_control_does_not_have(
+    tmp_path, monkeypatch
+):
+    bad = planted(tmp_path / "bad", [5, 7, 9])  # 5 is what all answers share
+    good = planted(tmp_path / "good", [5, 2])
+    for less, first in (([], 5), (["--less", good], 7)):
+        call(monkeypatch, main, bad, *less)
+        factor, stream = load_subspace(bad / "subspace.safetensors", tiny())
+        for U in (*factor.values(), stream):
+            assert U[:, 0].abs().argmax() == first
+            assert U[first, 0].abs() == pytest.approx(1, abs=1e-4)
+
+
+def test_an_adapter_of_other_modules_cannot_be_taken_off(adapter, tmp_path, monkeypatch):
+    other = planted(tmp_path / "other", [5, 7, 9])
+    with pytest.raises(UserError) as error:
+        call(monkeypatch, main, adapter, "--less", other)
+    assert f"{other}: no update of model.layers." in str(error.value)
+    same = planted(tmp_path / "same", [9, 7, 5])
+    with pytest.raises(UserError, match="layers.0.self_attn.o_proj says nothing that .*same does"):
+        call(monkeypatch, main, other, "--less", same, "--rank", 3)
 
 
 def test_a_rank_that_the_adapter_does_not_have_is_refused(adapter, monkeypatch):
