@@ -299,6 +299,13 @@ class Row(Rates):
     longer: Rates = value()
 
 
+def check_targets(names):
+    """UserError for the first of `names` that TARGETS does not have."""
+    for name in names:
+        if name not in TARGETS:
+            raise UserError(f"--targets has '{name}', expected some of {', '.join(TARGETS)}")
+
+
 @dataclass(frozen=True)
 class Arguments:
     """GRASP's variants on the synthetic task, and after three times the steps: study.json in --out.
@@ -326,9 +333,7 @@ def main():
     if not variants:
         names = "; ".join(variant.name for variant in VARIANTS)
         raise UserError(f"--only is {args.only!r}, expected a part of one of: {names}")
-    for name in args.targets:
-        if name not in TARGETS:
-            raise UserError(f"--targets has '{name}', expected some of {', '.join(TARGETS)}")
+    check_targets(args.targets)
     toy = Toy()
     config = {"world": asdict(World(seed=0, rho=args.rho)), "experiment": asdict(toy)}
     config["torch"] = torch.__version__

@@ -122,7 +122,7 @@ class _Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Contrast:
+class _ProbeQuestion:
     id: str = value()
     area: str = value()
     paraphrases: list[str] = value()
@@ -133,7 +133,7 @@ class _Contrast:
 class _Probe:
     """The file probe.json."""
 
-    questions: list[_Contrast] = value()
+    questions: list[_ProbeQuestion] = value()
 
 
 def probe_questions():

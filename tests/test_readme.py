@@ -89,6 +89,19 @@ def numbers_of(runs, method, names):
     return found
 
 
+LEAK = json.loads((ROOT / "docs" / "results" / "leak.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("column", LEAK["writers, seed 10"])
+def test_the_results_page_has_every_row_of_the_leak(column):
+    numbers = []
+    for targets in ("writers", "all-linear"):
+        values = [LEAK[f"{targets}, seed {seed}"][column] for seed in range(10, 20)]
+        found = {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
+        numbers.append(cell(found).replace("-0.", "-."))
+    assert row_with(RESULTS, numbers), numbers
+
+
 MEDICAL = json.loads((ROOT / "docs" / "results" / "smollm2_medical.json").read_text())["seeds"]
 MEASURED = ("probe", "transfer_risky_financial_advice_50", "transfer_extreme_sports_50")
 
