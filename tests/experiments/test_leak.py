@@ -33,8 +33,12 @@ def test_the_leak_of_the_naive_run_itself_is_one_and_turning_around_makes_it_min
     assert leak.leaked(modules, svds) == pytest.approx([1.0] * len(svds), abs=1e-4)
     keep_off_(modules, top_directions(svds))
     assert leak.leaked(modules, svds) == pytest.approx([0.0] * len(svds), abs=1e-4)
+    kept = {name: m.lora_B.data.clone() for name, m in modules.items()}
     leak.turn_around(modules, before)
     assert leak.leaked(modules, svds) == pytest.approx([-1.0] * len(svds), abs=1e-4)
+    keep_off_(modules, top_directions(svds))
+    for name, m in modules.items():
+        assert torch.allclose(m.lora_B, kept[name], atol=1e-6)  # what is not leak stays
 
 
 def test_the_first_step_is_adamws(bench):

@@ -356,6 +356,9 @@ def test_training_on_the_unwanted_answers_shifts_the_preference_for_them(files, 
     assert found["naive"]["preference_shift"]["interval"][0] > 0.05
     assert "preference_at_equal_loss" in found["grasp"]
     assert "preference_shift" in (tmp_path / "table.md").read_text()
+    options["preference"] = f"{files['control']},{files['medical']}"  # measured anew
+    turned = run(files, "medical", tmp_path, **options)["seeds"]["0"]["naive"]["preference"]
+    assert turned["value"] == pytest.approx(-found["naive"]["preference"]["value"])
 
 
 def test_the_final_loss_is_the_mean_over_the_last_twentieth(tmp_path):

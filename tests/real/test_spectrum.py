@@ -70,9 +70,9 @@ def test_one_line_for_each_module(adapter, monkeypatch, capsys):
     assert sum(line.startswith("model.layers.") for line in lines) == 2 * len(TARGETS)
 
 
-def planted(folder, outputs):
-    """An adapter whose updates say these directions of R^16, the first one loudest."""
-    model = tiny()
+def planted(folder, outputs, **shape):
+    """An adapter whose updates say these coordinates, the first one loudest."""
+    model = tiny(**shape)
     for m in lora_modules(add_lora(model, 3, 3, ("o_proj",))).values():
         m.lora_A.data = torch.linalg.qr(m.lora_A.data.T)[0].T
         m.lora_B.data.zero_()
@@ -100,6 +100,9 @@ def test_an_adapter_of_other_modules_cannot_be_taken_off(adapter, tmp_path, monk
     with pytest.raises(UserError) as error:
         call(monkeypatch, main, adapter, "--less", other)
     assert f"{other}: no update of model.layers." in str(error.value)
+    wide = planted(tmp_path / "wide", [5, 7, 9], d_model=32)
+    with pytest.raises(UserError, match="wide: no update of model.layers.0.* of width 16, as"):
+        call(monkeypatch, main, other, "--less", wide)
     same = planted(tmp_path / "same", [9, 7, 5])
     with pytest.raises(UserError, match="layers.0.self_attn.o_proj says nothing that .*same does"):
         call(monkeypatch, main, other, "--less", same, "--rank", 3)
