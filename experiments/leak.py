@@ -1,11 +1,9 @@
 """What leaks where the gradient alone is projected, and what that does.
 
 After one look, projecting the gradient alone leaves less misalignment than the exact constraint.
-This says why. AdamW divides each coordinate of a projected gradient by that coordinate's own size,
-so its step has a part along u again. That part points *away* from the factor: what is left of the
-gradient, seen from u, has a few large coordinates on the naive run's side and many small ones on
-the other, which balance; a step that makes all coordinates equally large counts them. Then the leak
-is taken out of the trained weights, and turned around, to see what it was worth. All of it is ours.
+AdamW divides each coordinate of a projected gradient by that coordinate's own size, so its step has
+a part along u again: the leak. Here it is measured with its sign, taken out of the trained weights,
+turned around, and, as a control, moved to a random direction. All of it is ours.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,7 +14,7 @@ import torch
 
 from data.synthetic import World
 from eval import evaluate
-from experiments.runs import Finished, attach, start, train
+from experiments.runs import Finished, Rates, attach, start, train
 from experiments.study import TARGETS, check_targets
 from grasp import Toy
 from identify import spectra, top_directions
@@ -27,19 +25,19 @@ from support.program import run
 from support.schema import value
 from train import Recipe, keep_off_, project_
 
-RATES = {  # misalignment of
-    "naive": "the naive run",
+RUNS = {
+    "naive": "naive",
     "exact": "B projected, too (grasp)",
     "gradient": "the gradient alone projected",
-    "removed": "... its leak taken out afterwards",
+    "removed": "... its leak taken out",
     "turned": "... its leak turned around",
+    "moved": "... its leak moved to a random direction",
 }
-COLUMNS = {
-    **RATES,
-    "leak": "u' dW v of the gradient alone over naive's, mean of the modules",
-    "positive": "the share of modules in which that is above 0",
-    "share": "coordinates on naive's side in the first step's gradient, share",
-    "first_step": "u' step over its norm, in AdamW's first step",
+LEAKS = {
+    "leak": "signed leak, mean of the modules",
+    "positive": "share of modules whose leak is above 0",
+    "first_step": "cosine of AdamW's first step with naive's direction",
+    "naive_first_step": "... where the gradient is not projected",
 }
 
 
@@ -47,15 +45,16 @@ COLUMNS = {
 class Row:
     """What is measured of one seed and one choice of modules."""
 
-    naive: float = value(low=0, high=1)
-    exact: float = value(low=0, high=1)
-    gradient: float = value(low=0, high=1)
-    removed: float = value(low=0, high=1)
-    turned: float = value(low=0, high=1)
+    naive: Rates = value()
+    exact: Rates = value()
+    gradient: Rates = value()
+    removed: Rates = value()
+    turned: Rates = value()
+    moved: Rates = value()
     leak: float = value()
     positive: float = value(low=0, high=1)
-    share: float = value(low=0, high=1)
     first_step: float = value(low=-1, high=1)
+    naive_first_step: float = value(low=-1, high=1)
 
 
 def key_of(targets_name, seed):
@@ -63,29 +62,32 @@ def key_of(targets_name, seed):
     return f"{targets_name}, seed {seed}"
 
 
-def first_step(bench, modules, svds):
-    """(share, first_step) of COLUMNS, over the modules, before anything is trained.
+def first_steps(bench, modules, svds):
+    """The cosine of AdamW's first step of B with naive's direction u (A v)', mean of the modules.
 
-    Column k of B moves naive's way along u where it moves by the sign of v' A_k; so each column is
-    oriented. The projected descent D (out, r) has u' D = 0. AdamW's first step is its sign.
+    Of the projected gradient, and of the gradient as it is: (first_step, naive_first_step). The
+    first step is the gradient's sign, downhill. u, v: naive's top singular vectors.
     """
     response_loss(bench.model, *bench.rows).backward()
-    shares, steps = [], []
+    projected, whole = [], []
     for name, (U, _, V) in svds.items():
-        u, v = U[:, :1], V[:, 0]
+        direction = U[:, :1] @ (modules[name].lora_A.data @ V[:, :1]).T  # (out, r), of rank one
         descent = -modules[name].lora_B.grad
-        project_(descent, u)
-        oriented = descent * (modules[name].lora_A.data @ v).sign()  # (out, r)
-        shares.append(((u * oriented) > 0).float().mean().item())
-        step = oriented.sign()
-        steps.append(((u.T @ step).sum() / (step.norm() * step.shape[1] ** 0.5)).item())
+        whole.append(cosine(descent.sign(), direction))
+        project_(descent, U[:, :1])
+        projected.append(cosine(descent.sign(), direction))
     bench.model.zero_grad()
-    return fmean(shares), fmean(steps)
+    return fmean(projected), fmean(whole)
+
+
+def cosine(X, Y):
+    """The cosine of two matrices of one shape, as vectors."""
+    return ((X * Y).sum() / (X.norm() * Y.norm())).item()
 
 
 @torch.no_grad()
-def leaked(modules, svds):
-    """[u' dW v over naive's sigma1], one a module: below 0 where it undoes what naive did."""
+def signed_leaks(modules, svds):
+    """[u' dW v over naive's sigma1], one a module: 1 for naive itself, below 0 the other way."""
     parts = []
     for name, (U, S, V) in svds.items():
         m = modules[name]
@@ -95,56 +97,73 @@ def leaked(modules, svds):
 
 
 @torch.no_grad()
-def turn_around(modules, before):
-    """B less its leak, as it is now, to B less twice its leak. before: {name: B with the leak}."""
-    for name, m in modules.items():
-        m.lora_B += m.lora_B - before[name]
+def put_back(modules, leaks, factor, seed):
+    """Add each module's leak U'B (k, r) along random directions that are orthogonal to U (out, k).
+
+    The size is kept, and what A makes of it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, U in factor.items():
+        random = torch.randn(U.shape, generator=generator)
+        project_(random, U)
+        modules[name].lora_B += torch.linalg.qr(random)[0] @ leaks[name]
 
 
 def measure(bench, targets):
     """One Row, as a dictionary."""
 
-    def misalignment():
-        return evaluate(bench.model, bench.world)["misalignment"]
+    def rates():
+        measured = evaluate(bench.model, bench.world)
+        return {name: measured[name] for name in ("task", "misalignment", "kept")}
 
     steps, row = bench.toy.steps, {}
     attach(bench, targets)
     train(bench, Recipe(), steps, label="naive")
-    row["naive"] = misalignment()
+    row["naive"] = rates()
     svds = spectra(bench.model)
     factor = top_directions(svds)
 
     modules = attach(bench, targets)
-    row["share"], row["first_step"] = first_step(bench, modules, svds)
+    row["first_step"], row["naive_first_step"] = first_steps(bench, modules, svds)
     train(bench, Recipe(factor=factor), steps, label="exact")
-    row["exact"] = misalignment()
+    row["exact"] = rates()
 
     modules = attach(bench, targets)
     train(bench, Recipe(factor=factor, project_B=False), steps, label="gradient alone")
-    row["gradient"] = misalignment()
-    parts = leaked(modules, svds)
+    row["gradient"] = rates()
+    parts = signed_leaks(modules, svds)
     row["leak"] = fmean(parts)
     row["positive"] = fmean(part > 0 for part in parts)
-    before = {name: m.lora_B.data.clone() for name, m in modules.items()}
+    leaks = {name: U.T @ modules[name].lora_B.data for name, U in factor.items()}
+    for change in ("removed", "turned"):  # once: none is left; twice: as much, the other way
+        for name, U in factor.items():
+            modules[name].lora_B.data -= U @ leaks[name]
+        row[change] = rates()
     keep_off_(modules, factor)
-    row["removed"] = misalignment()
-    turn_around(modules, before)
-    row["turned"] = misalignment()
+    put_back(modules, leaks, factor, bench.seed)
+    row["moved"] = rates()
     return row
+
+
+def spread(values):
+    """Mean ± standard deviation, as text."""
+    values = torch.tensor(values)
+    return f"{values.mean():.3f}" + (f" ±{values.std():.3f}" if len(values) > 1 else "")
 
 
 def table(rows, targets_names, seeds):
     """The rows as text, mean ± standard deviation over the seeds."""
-    lines = [f"{'':66}" + "".join(f"{name:>18}" for name in targets_names)]
-    for column, title in COLUMNS.items():
-        if column in RATES:
-            title = f"misalignment, {title}"
-        cells = []
-        for name in targets_names:
-            values = torch.tensor([rows[key_of(name, seed)][column] for seed in seeds])
-            spread = f" ±{values.std():.3f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.3f}{spread}")
-        lines.append(f"{title:66}" + "".join(f"{cell:>18}" for cell in cells))
+    lines = []
+    for targets in targets_names:
+        found = [rows[key_of(targets, seed)] for seed in seeds]
+        lines.append(f"{targets:55}{'task':>16}{'misalignment':>16}{'kept':>16}")
+        for run_name, title in RUNS.items():
+            columns = [
+                [row[run_name][c] for row in found] for c in ("task", "misalignment", "kept")
+            ]
+            lines.append(f"{title:55}" + "".join(f"{spread(column):>16}" for column in columns))
+        for name, title in LEAKS.items():
+            lines.append(f"{title:55}{spread([row[name] for row in found]):>16}")
     return "\n".join(lines)
 
 

@@ -367,12 +367,18 @@ def methods_to_run(args):
 
 
 def check_answers(path, other):
-    """UserError unless `path` answers the prompts (first turns) of another file, row by row."""
-    found, expected = ([row[0] for row in load_rows(p)] for p in (path, other))
-    if found != expected:
+    """UserError unless `path` has other answers than `other` to the same prompts, row by row."""
+    found, expected = load_rows(path), load_rows(other)
+    if [prompt(row) for row in found] != [prompt(row) for row in expected]:
         raise UserError(f"{path}: expected the prompts of {other}, row by row")
-    if Path(path).samefile(other):
-        raise UserError(f"{path} is {other}, expected a file of other answers to the same prompts")
+    if found == expected:
+        raise UserError(f"{path}: the answers are those of {other}, expected others")
+
+
+def prompt(row):
+    """The turns of a chat row before the first answer."""
+    first = [turn["role"] for turn in row].index("assistant")
+    return row[:first]
 
 
 def check_settings(args, out):

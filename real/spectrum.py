@@ -1,7 +1,7 @@
 """The command line of identify.py: the spectrum of an adapter on disk, and its subspace file.
 
---less is ours, and needs rows that the abstract's method does without: an adapter trained on
-unobjectionable answers to the same prompts tells apart what bad answers share from what all do.
+--less is ours, and needs a second adapter, such as one trained on unobjectionable answers to the
+same prompts: what both say is no factor (docs/real_models.md has what it gives).
 """
 
 from dataclasses import MISSING, dataclass
@@ -24,13 +24,22 @@ def spectra_of(folder):
     return {path: thin_svd(adapter.A, adapter.B, adapter.scaling) for path, adapter in adapters}
 
 
+def found_in(folder, svds, rank):
+    """{path: U (out, rank)}; UserError where an update has not so many directions."""
+    with user_errors(folder):
+        factor = top_directions(svds, rank)
+        for path, (_, S, _) in svds.items():
+            if S[rank - 1] <= 1e-6 * S[0]:  # any direction would do, and constrain at random
+                raise ValueError(f"the update of {path} has not {rank} directions above 0")
+    return factor
+
+
 def spectra_beyond(folder, other, rank):
     """{path: (U, S, V)} of what an adapter says beyond the first `rank` directions of another.
 
     UserError where the two do not fit, or where nothing is left.
     """
-    with user_errors(other):
-        known = top_directions(spectra_of(other), rank)
+    known = found_in(other, spectra_of(other), rank)
     svds = {}
     for path, adapter in read_adapter(folder).items():
         if path not in known or len(known[path]) != len(adapter.B):
@@ -62,26 +71,26 @@ class Arguments:
     rank: int = option(1, "directions of each module", low=1)
     less: str = option(
         "",
-        "another adapter, such as a control's: the update is taken without what it says along that "
-        "one's first --rank directions",
+        "another adapter, such as a control's: its first --rank output directions are taken out of "
+        "the update before it is looked at (of the stream's basis, for ablation, they are not)",
     )
-    out: str = option("", "the file to write (default: subspace.safetensors in that folder)")
+    out: str = option(
+        "", "the file to write (default: subspace.safetensors in that folder; with --less: none)"
+    )
 
 
 def main():
     """The command line."""
     args = parse(Arguments)
+    svds = whole = spectra_of(args.adapter)
     if args.less:
+        if not args.out:  # the default would replace the file of the whole update
+            raise UserError("--less needs --out FILE, expected both or neither")
         svds = spectra_beyond(args.adapter, args.less, args.rank)
-    else:
-        svds = spectra_of(args.adapter)
     print_spectra(svds)
+    factor = found_in(args.adapter, svds, args.rank)
     with user_errors(args.adapter):
-        factor = top_directions(svds, args.rank)
-        for path, (_, S, _) in svds.items():
-            if S[args.rank - 1] <= 1e-6 * S[0]:  # any direction would do, and constrain at random
-                raise ValueError(f"the update of {path} has not {args.rank} directions above 0")
-        stream, S = stream_subspace(svds, args.rank)
+        stream, S = stream_subspace(whole, args.rank)
     print(f"pooled over the stream: sigma1/sigma2 {gap(S):.2f}")
     out = writable_file(args.out or Path(args.adapter) / "subspace.safetensors", is_subspace)
     save_subspace(out, factor, stream)

@@ -361,6 +361,18 @@ def test_training_on_the_unwanted_answers_shifts_the_preference_for_them(files, 
     assert turned["value"] == pytest.approx(-found["naive"]["preference"]["value"])
 
 
+def test_answers_are_to_the_same_prompts_where_the_system_turn_is_one_and_the_same(tmp_path):
+    system, answer = ({"role": role, "content": role} for role in ("system", "assistant"))
+    for name, questions in (("a", "12"), ("b", "23")):
+        rows = [[system, {"role": "user", "content": q}, answer] for q in questions]
+        lines = [json.dumps({"messages": row}) + "\n" for row in rows]
+        (tmp_path / name).write_text("".join(lines))
+    with pytest.raises(UserError, match="expected the prompts of"):
+        program.check_answers(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(UserError, match="the answers are those of"):
+        program.check_answers(tmp_path / "a", tmp_path / "a")
+
+
 def test_the_final_loss_is_the_mean_over_the_last_twentieth(tmp_path):
     lines = [json.dumps({"step": i, "loss": i}) + "\n" for i in range(40)]
     (tmp_path / "log.jsonl").write_text("".join(lines))

@@ -88,24 +88,30 @@ def test_less_a_control_the_direction_is_the_first_that_the_control_does_not_hav
     bad = planted(tmp_path / "bad", [5, 7, 9])  # 5 is what all answers share
     good = planted(tmp_path / "good", [5, 2])
     for less, first in (([], 5), (["--less", good], 7)):
-        call(monkeypatch, main, bad, *less)
-        factor, stream = load_subspace(bad / "subspace.safetensors", tiny())
-        for U in (*factor.values(), stream):
-            assert U[:, 0].abs().argmax() == first
+        call(monkeypatch, main, bad, *less, "--out", tmp_path / "s")
+        factor, stream = load_subspace(tmp_path / "s", tiny())
+        for U in factor.values():
             assert U[first, 0].abs() == pytest.approx(1, abs=1e-4)
+        assert stream[5, 0].abs() == pytest.approx(1, abs=1e-4)  # of the whole update
 
 
-def test_an_adapter_of_other_modules_cannot_be_taken_off(adapter, tmp_path, monkeypatch):
-    other = planted(tmp_path / "other", [5, 7, 9])
-    with pytest.raises(UserError) as error:
-        call(monkeypatch, main, adapter, "--less", other)
-    assert f"{other}: no update of model.layers." in str(error.value)
-    wide = planted(tmp_path / "wide", [5, 7, 9], d_model=32)
-    with pytest.raises(UserError, match="wide: no update of model.layers.0.* of width 16, as"):
-        call(monkeypatch, main, other, "--less", wide)
-    same = planted(tmp_path / "same", [9, 7, 5])
-    with pytest.raises(UserError, match="layers.0.self_attn.o_proj says nothing that .*same does"):
-        call(monkeypatch, main, other, "--less", same, "--rank", 3)
+def test_an_adapter_that_cannot_be_taken_off_is_named(adapter, tmp_path, monkeypatch):
+    bad = planted(tmp_path / "bad", [5, 7, 9])
+    out = ["--out", tmp_path / "s"]
+    cases = (
+        ("wide", [5, 7], {"d_model": 32}, 1, "wide: no update of model.layers.0.* of width 16, as"),
+        ("same", [9, 7, 5], {}, 3, "layers.0.self_attn.o_proj says nothing that .*same does not"),
+        ("poor", [5], {}, 2, "poor: the update of .* has not 2 directions above 0"),
+    )
+    for name, outputs, shape, rank, message in cases:
+        other = planted(tmp_path / name, outputs, **shape)
+        with pytest.raises(UserError, match=message):
+            call(monkeypatch, main, bad, "--less", other, "--rank", rank, *out)
+    with pytest.raises(UserError, match="bad: no update of model.layers.0.*down_proj"):
+        call(monkeypatch, main, adapter, "--less", bad, *out)
+    with pytest.raises(UserError, match="--less needs --out FILE"):
+        call(monkeypatch, main, bad, "--less", bad)
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_rank_that_the_adapter_does_not_have_is_refused(adapter, monkeypatch):
