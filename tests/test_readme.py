@@ -108,19 +108,43 @@ def test_the_results_page_has_every_row_of_the_leak(name):
     assert row_with(RESULTS, numbers), numbers
 
 
-MEDICAL = json.loads((ROOT / "docs" / "results" / "smollm2_medical.json").read_text())["seeds"]
-MEASURED = ("probe", "transfer_risky_financial_advice_50", "transfer_extreme_sports_50")
+def real_runs(name):
+    """{seed: {method: measurements}} of docs/results/smollm2_NAME.json."""
+    return json.loads((ROOT / "docs" / "results" / f"smollm2_{name}.json").read_text())["seeds"]
+
+
+REAL_MODELS = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
+MEDICAL, FINANCE, LESS = real_runs("medical"), real_runs("finance"), real_runs("less")
+MEDICINE, MONEY, SPORT = (
+    f"transfer_{name}_50"
+    for name in ("bad_medical_advice", "risky_financial_advice", "extreme_sports")
+)
+AT_EQUAL_LOSS = [f"{name}_at_equal_loss" for name in ("probe", MONEY, SPORT)]
 
 
 @pytest.mark.parametrize("method", MEDICAL["1"])
-def test_the_real_models_page_has_every_method(method):
-    text = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
+def test_the_real_models_page_has_every_method_of_the_medical_runs(method):
     runs = list(MEDICAL.values())
-    beyond = ["loss", *(f"{name}_beyond_control" for name in MEASURED)]
-    assert row_with(text, numbers_of(runs, method, beyond))
+    beyond = ["loss", *(f"{name}_beyond_control" for name in ("probe", MONEY, SPORT))]
+    assert row_with(REAL_MODELS, numbers_of(runs, method, beyond))
     if method.startswith("grasp"):
-        at_equal_loss = [f"{name}_at_equal_loss" for name in MEASURED]
-        assert row_with(text, numbers_of(runs, method, at_equal_loss))
+        assert row_with(REAL_MODELS, numbers_of(runs, method, AT_EQUAL_LOSS))
+
+
+def test_the_real_models_page_has_what_is_left_without_the_controls_directions():
+    for runs in (MEDICAL, LESS):
+        numbers = numbers_of(list(runs.values()), "grasp", ["loss", *AT_EQUAL_LOSS])
+        assert row_with(REAL_MODELS, numbers), numbers
+
+
+@pytest.mark.parametrize("method", FINANCE["1"])
+def test_the_real_models_page_has_every_method_of_the_financial_runs(method):
+    runs, measured = list(FINANCE.values()), ("probe", "preference", MEDICINE, SPORT)
+    numbers = numbers_of(runs, method, ["loss", *(f"{name}_shift" for name in measured)])
+    assert row_with(REAL_MODELS, numbers), numbers
+    if method.startswith("grasp"):
+        numbers = numbers_of(runs, method, [f"{name}_at_equal_loss" for name in measured])
+        assert row_with(REAL_MODELS, numbers), numbers
 
 
 def test_the_committed_results_are_of_the_seeds_that_the_readme_names():
