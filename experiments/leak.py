@@ -15,7 +15,7 @@ import torch
 from data.synthetic import World
 from eval import evaluate
 from experiments.runs import Finished, Rates, attach, start, train
-from experiments.study import TARGETS, check_targets
+from experiments.study import TARGETS, cell, check_targets
 from grasp import Toy
 from identify import spectra, top_directions
 from model import response_loss
@@ -145,12 +145,6 @@ def measure(bench, targets):
     return row
 
 
-def spread(values):
-    """Mean ± standard deviation, as text."""
-    values = torch.tensor(values)
-    return f"{values.mean():.3f}" + (f" ±{values.std():.3f}" if len(values) > 1 else "")
-
-
 def table(rows, targets_names, seeds):
     """The rows as text, mean ± standard deviation over the seeds."""
     lines = []
@@ -161,9 +155,9 @@ def table(rows, targets_names, seeds):
             columns = [
                 [row[run_name][c] for row in found] for c in ("task", "misalignment", "kept")
             ]
-            lines.append(f"{title:55}" + "".join(f"{spread(column):>16}" for column in columns))
+            lines.append(f"{title:55}" + "".join(f"{cell(column):>16}" for column in columns))
         for name, title in LEAKS.items():
-            lines.append(f"{title:55}{spread([row[name] for row in found]):>16}")
+            lines.append(f"{title:55}{cell([row[name] for row in found]):>16}")
     return "\n".join(lines)
 
 

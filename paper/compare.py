@@ -10,12 +10,8 @@ import numpy as np
 from paper.answers import shift
 from support.errors import UserError
 
-COMPARED = (
-    "probe",
-    "lean",
-    "preference",
-    "transfer_",
-)  # measurements whose names begin so have parts to pair
+# Measurements whose names begin so have parts to pair.
+COMPARED = ("probe", "lean", "preference", "transfer_")
 AGAINST = {"base": "shift", "control": "beyond_control"}
 COMPARISONS = (*(f"_{name}" for name in AGAINST.values()), "_at_equal_loss")
 CURVE = ("base", "naive_quarter", "naive_half", "naive")  # naive training, by its length

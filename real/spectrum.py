@@ -84,8 +84,8 @@ def main():
     args = parse(Arguments)
     svds = whole = spectra_of(args.adapter)
     if args.less:
-        if not args.out:  # the default would replace the file of the whole update
-            raise UserError("--less needs --out FILE, expected both or neither")
+        if not args.out:
+            raise UserError("--less needs --out FILE: the default is that of the whole update")
         svds = spectra_beyond(args.adapter, args.less, args.rank)
     print_spectra(svds)
     factor = found_in(args.adapter, svds, args.rank)
