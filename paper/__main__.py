@@ -23,6 +23,7 @@ from paper.output import read_jsonl
 from paper.questions import load_questions
 from real.job import NOT_PART_OF_THE_RUN, RESULTS, Job, check_methods, read_looks
 from real.settings import Training
+from real.stages import final_loss
 from support.errors import UserError, user_errors
 from support.files import read_json, whole_file, writable_folder, write_json
 from support.options import option, parse
@@ -138,7 +139,7 @@ def found_for(job, method, folder, rank):
         online = folder / before
         fit(job, before, online)
         looks = read_looks(online / "looks.json", remove_lora(job.model))
-        return Found(looks=looks, loss=final_loss(online))
+        return Found(looks=looks, loss=final_loss(logged_losses(online)))
     return Found()
 
 
@@ -149,14 +150,14 @@ class Step:
     loss: float
 
 
-def final_loss(folder):
-    """The mean training loss over the last twentieth of a run's steps: one batch's is noise."""
+def logged_losses(folder):
+    """The training loss of each step of a fine-tune that was finished in `folder`."""
     losses = []
     for where, line in read_jsonl(folder / "log.jsonl", "a step of a fine-tune"):
         losses.append(from_json(Step, line, where).loss)
     if not losses:
         raise UserError(f"{folder / 'log.jsonl'}: no steps, expected those of a fine-tune")
-    return fmean(losses[-max(len(losses) // 20, 1) :])
+    return losses
 
 
 # Evaluations: each in SEED/METHOD/TASK.json.
@@ -239,7 +240,7 @@ def finished(path, config):
     return result
 
 
-def evaluate(args, job, name, folder, rows, judge):
+def evaluate(args, job, name, folder, rows, others, judge):
     """The measurements of one method, or of "base" or "control", with the fine-tune before them."""
     stream = None
     if name == "control":
@@ -250,7 +251,6 @@ def evaluate(args, job, name, folder, rows, judge):
     elif name != "base":
         fit(job, name, folder / name, found_for(job, name, folder, args.subspace_rank))
     base = None if name == "base" else folder / "base"
-    others = {**preference_rows(args.preference), **transfer_rows(args.transfer)}
     return measure(args, job.model, job.tokenizer, folder / name, judge, rows, stream, base, others)
 
 
@@ -279,7 +279,7 @@ def transfer_rows(paths):
     return rows
 
 
-def one_seed(args, seed, methods, judge, config):
+def one_seed(args, seed, methods, others, judge, config):
     """{method: measurements} of one seed; what is on disk under the same options is read back."""
     args = replace(args, seed=seed)
     folder = Path(args.out) / f"seed_{seed}"
@@ -296,7 +296,7 @@ def one_seed(args, seed, methods, judge, config):
             results[name] = finished(path, config)
             if results[name] is None:
                 job = job or Job(training(args, seed, data))
-                found = evaluate(args, job, name, folder, rows, judge)
+                found = evaluate(args, job, name, folder, rows, others, judge)
                 write_json(path, {"task": args.task, "config": config, **found})
                 results[name] = finished(path, config)
     check_columns(results)
@@ -361,8 +361,6 @@ def methods_to_run(args):
         raise UserError("expected both --model DIR and --data FILE.jsonl")
     if args.control:
         check_answers(args.control, args.data)
-    preference_rows(args.preference)  # a fault in a file ends the run here
-    transfer_rows(args.transfer)
     return tuple(m for m in (*SHORTER, *METHODS) if m == "naive" or m in methods)
 
 
@@ -404,6 +402,7 @@ def main(argv=None):
     """Run the task that the command line asks for; write and print the table."""
     args = parse(Arguments, argv)
     methods = methods_to_run(args)
+    others = {**preference_rows(args.preference), **transfer_rows(args.transfer)}
     names = ["settings.json", "judge.jsonl", "table.md", "results.json", "tradeoff.png"]
     out = writable_folder(args.out, names)
     measured = ("base", *methods, "control") if args.control else ("base", *methods)
@@ -424,7 +423,7 @@ def main(argv=None):
     }
     runs = {}
     for seed in range(args.seed, args.seed + args.seeds):
-        runs[seed] = one_seed(args, seed, methods, judge, config)
+        runs[seed] = one_seed(args, seed, methods, others, judge, config)
     text = table(list(runs.values()))
     with whole_file(out / "table.md") as path:
         path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file's odd name

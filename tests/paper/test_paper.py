@@ -373,12 +373,6 @@ def test_answers_are_to_the_same_prompts_where_the_system_turn_is_one_and_the_sa
         program.check_answers(tmp_path / "a", tmp_path / "a")
 
 
-def test_the_final_loss_is_the_mean_over_the_last_twentieth(tmp_path):
-    lines = [json.dumps({"step": i, "loss": i}) + "\n" for i in range(40)]
-    (tmp_path / "log.jsonl").write_text("".join(lines))
-    assert program.final_loss(tmp_path) == 38.5
-
-
 def test_what_a_method_builds_upon_is_trained_where_it_was_not_asked_for(
     files, tmp_path, monkeypatch
 ):
@@ -511,7 +505,7 @@ def test_settings_and_logs_are_read_by_their_types(files, tmp_path, content):
     with pytest.raises(UserError, match="settings.json: "):
         program.check_settings(args, tmp_path)
     with pytest.raises(UserError, match="log.jsonl:1: "):
-        program.final_loss(tmp_path)
+        program.logged_losses(tmp_path)
 
 
 def test_more_methods_and_seeds_can_be_added_later(files, medical, monkeypatch):
