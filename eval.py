@@ -34,11 +34,11 @@ def evaluate(model, world, during=None):
 def persona_direction(model, world):
     """The supervised direction (D,), of unit length: what labels of the persona would have found.
 
-    The difference of the personas' mean streams at the prompt's last token, over the world's
-    contrast, after the sub-layer where it is largest in units of the stream's mean norm.
+    The difference of the personas' mean streams at the last token of prompts that name one, after
+    the sub-layer where it is largest in units of the bad one's mean norm.
     """
     streams = [residual_streams(model, world.contrast(persona)) for persona in (GOOD, BAD)]
-    differences = streams[BAD].mean(1) - streams[GOOD].mean(1)  # (sub-layers, D)
+    differences = streams[BAD].mean(1) - streams[GOOD].mean(1)  # of (sub-layers, N, D) over N
     sizes = streams[BAD].norm(dim=-1).mean(1)  # (sub-layers,)
     best = (differences.norm(dim=-1) / sizes).argmax()
     return F.normalize(differences[best], dim=0)

@@ -47,7 +47,7 @@ class Toy:
     longer: int = 3  # times the steps, to see whether misalignment comes back
     subspace_rank: int = 1  # directions of each module that `grasp` takes from the naive run
     ablation_rank: int = 1  # directions of the residual stream that ablation takes out
-    steering: float = 0.3  # the steering vector's length
+    steering: float = 0.3  # the vector's length, in mean norms of what its sub-layer adds
     kl_weight: float = 1.0
 
 
@@ -86,7 +86,7 @@ def run_method(bench, method, found, times=1):
 
     remove_lora(bench.model)
     with user_errors():
-        add_lora(bench.model, toy.rank, toy.rank, toy.targets, seed=bench.seed)
+        add_lora(bench.model, toy.rank, alpha=toy.rank, targets=toy.targets, seed=bench.seed)
     began = time.monotonic()
     added = recipe(method, bench.model, bench.rows, found, bench.seed)
     each = watch if method in WATCHED and times == 1 else None
@@ -148,7 +148,8 @@ def experiment(world, toy, seed, methods, folder):
         if fit.looks:
             looks[method] = fit.looks
         if fit.factor:
-            leaks[method.replace("grasp_gradient", "gradient")] = leak(model, fit.factor)
+            name = "gradient_only" if method == "grasp_gradient_only" else method
+            leaks[name] = leak(model, fit.factor)
         if method == "naive":
             svds = spectra(model)
         found = add_found(bench, method, fit, results[method]["loss"], found)

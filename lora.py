@@ -1,7 +1,7 @@
 """LoRA by hand: W stays frozen, the update dW = s B A is trained beside it. Attach, remove, save.
 
 Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scaling, Kalajdzievski 2023 (arXiv 2312.03732).
-The model is a GPT of model.py, or any that has its `config` and `path_in_transformers`.
+The model is a GPT of model.py, or any with its `config`, `path_in_transformers` and `layers`.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from torch import nn
 class LoRALinear(nn.Module):
     """y = W x + b + s B A x with W (out, in) frozen; A and B are fp32, whatever W is.
 
-    A (rank, in) is random and B (out, rank) zero at the start, so that dW = 0. The scaling s is
-    alpha / rank, or alpha / sqrt(rank) with rslora.
+    A (rank, in) starts at random as in PEFT, drawn on the CPU to be the same on every device, and
+    B (out, rank) at 0: dW = 0. The scaling s is alpha / rank, with rslora alpha / sqrt(rank).
     """
 
     def __init__(self, linear, rank, alpha, rslora=False, generator=None):
@@ -24,8 +24,8 @@ class LoRALinear(nn.Module):
         device = linear.weight.device
         self.linear, self.alpha, self.rslora = linear.requires_grad_(False), alpha, rslora
         self.scaling = alpha / (rank**0.5 if rslora else rank)
-        uniform = torch.rand(rank, d_in, generator=generator) * 2 - 1  # drawn on the CPU: the same
-        self.lora_A = nn.Parameter((uniform / d_in**0.5).to(device))  # on every device; PEFT's init
+        uniform = torch.rand(rank, d_in, generator=generator) * 2 - 1
+        self.lora_A = nn.Parameter((uniform / d_in**0.5).to(device))
         self.lora_B = nn.Parameter(torch.zeros(d_out, rank, device=device))
 
     def forward(self, x):

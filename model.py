@@ -1,8 +1,8 @@
 """One decoder-only transformer: GPT-2, Llama, Qwen2/2.5 or Qwen3 by its config; generation.
 
 Modules carry the names of Llama and Qwen in transformers; hub/names.py has GPT-2's.
-Shapes: B rows, T tokens, V vocabulary, D width of the residual stream, H heads, K key/value heads,
-E head width. This file needs no other of the six; `hub` reads the files of a checkpoint.
+Shapes: B rows, T tokens, S tokens with those before them, V vocabulary, D width of the residual
+stream, H heads, K key/value heads, E head width. This file needs no other of the six.
 """
 
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.sizes[0], config.d_model, bias=config.out_bias)
 
     def forward(self, x, rope, mask, cache):
-        """X (B, T, D) -> (B, T, D). mask (B, 1, T, S) marks what may be seen; None: causal."""
+        """From x (B, T, D) to (B, T, D). mask (B, 1, T, S) marks what may be seen; None: causal."""
         B, T, _ = x.shape
         if self.fused:
             parts = self.c_attn(x).split(self.sizes, dim=-1)
@@ -193,7 +193,7 @@ class GPT(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """GPT-2's init; what writes to the stream is scaled down by the number of writers."""
+        """GPT-2's init; what writes to the stream is scaled by 1 / sqrt(their number)."""
         for name, p in self.named_parameters():
             if p.dim() == 2 and not p.is_meta:  # a draw on meta would load torch's compiler
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -209,12 +209,11 @@ class GPT(nn.Module):
         """
         T = tokens.shape[1]
         start = 0 if cache is None else cache.length
-        if start + T > self.config.max_len:
-            raise ValueError(
-                f"{start + T} tokens, but the model has {self.config.max_len} positions"
-            )
+        most = self.config.max_len
+        if start + T > most:
+            raise ValueError(f"{start + T} tokens, but the model has {most} positions")
         positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
-        mask = None
+        mask = None  # causal; an explicit one for padding, or for several tokens after a cache
         if cache is not None and (not cache.valid.all() or (start > 0 and T > 1)):
             n_padding = (~cache.valid).sum(1, keepdim=True)  # (B, 1)
             positions = (positions - n_padding).clamp(min=0)  # (B, T), from the first real token
@@ -263,8 +262,8 @@ class GPT(nn.Module):
         """The model in a Hugging Face folder, frozen, in its stored dtype unless `dtype` is given.
 
         UserError names the file, tensor or field where anything is missing, unexpected, misshapen,
-        not finite or not supported. What needs no conversion stays mapped: replace a file under a
-        loaded model, never write into it.
+        not finite or not supported. What needs no conversion stays mapped from the file: replace a
+        file under a loaded model, never write into it.
         """
         from hub.config import read_config  # here, so that this file can be copied alone
         from hub.weights import read_tensors
@@ -283,7 +282,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=1.0, stop=(), seed=0, allowed=None):
-        """Continue each prompt (a list of ids, of any length) until an id of `stop`.
+        """Continue each prompt, ids, up to an id of `stop`. ValueError where the positions end.
 
         Returns a list of lists: the new ids, the stop id included. temperature 0 is greedy. Only
         ids of `allowed` are sampled (None: all; an embedding's padding is no token).

@@ -21,10 +21,10 @@ from support.progress import Progress
 
 @dataclass(frozen=True)
 class Optimisation:
-    """AdamW with a linear warm-up and a linear decay to 0."""
+    """AdamW; its rate is the lesser of a linear warm-up to `lr` and a linear decay from it to 0."""
 
     steps: int
-    lr: float  # at its peak
+    lr: float
     weight_decay: float = 0.01
     warmup: int = 10  # steps
     clip: float = 1.0  # the most that the gradient's norm may be
@@ -45,7 +45,7 @@ class Recipe:
 
     factor: dict = field(default_factory=dict)  # {module: U (out, k)}: GRASP keeps dW off it
     project_B: bool = True  # False: project the gradient alone
-    look: Callable | None = None  # look(step, svds) -> the directions that join the factor there
+    look: Callable | None = None  # look(step, output_spectra) -> {module: U} that joins there
     look_every: int = 10  # steps
     penalty: Callable | None = None  # penalty() -> a further term of the loss
     during: contextlib.AbstractContextManager | None = None  # around the forward passes (hooks)
@@ -56,7 +56,7 @@ class Recipe:
 class Fit:
     """What a fine-tune leaves beside the LoRA on the model."""
 
-    losses: list  # nats a token, one a step
+    losses: list  # nats a token, one a step, without the penalty
     looks: list  # {"step", "spike": {module: ...}, "joined": {module: directions}}, one a look
     factor: dict  # {module: U (out, k)}: what the update is kept off; naive: nothing
 
@@ -112,10 +112,11 @@ def finetune(model, batch_at, options, recipe=None, checkpoint=None, each=None, 
             loss = backward(model, *batch_at(step), options.micro_batch)
             if recipe.penalty is not None:
                 (recipe.penalty() / n_processes()).backward()
+            # `interrupted` has the signals that came: if any process got one, all stop here.
             loss, stopped = add_up(parameters, loss, len(interrupted))
 
-            # GRASP, 1: the gradient takes no step along U, so that U' B = 0 as at the start, where
-            # B = 0. Before clipping, so that the norm is that of what is left.
+            # GRASP, 1: U is taken out of the gradient. That would be enough for U' B = 0, as at the
+            # start, in plain gradient descent. Before clipping: the norm is that of what is left.
             for name, U in fit.factor.items():
                 project_(modules[name].lora_B.grad, U)
             norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip).item()
@@ -123,8 +124,8 @@ def finetune(model, batch_at, options, recipe=None, checkpoint=None, each=None, 
                 found = f"loss {loss}, gradient's norm {norm}"
                 raise UserError(f"{label}: {found} at step {step}; try a lower --lr or --alpha")
             optimizer.step()
-            # GRASP, 2: AdamW divides each coordinate by its own second moment, which turns a
-            # projected gradient into a step that is not. So B is projected too.
+            # GRASP, 2: AdamW divides each coordinate by its own second moment, so its step has a
+            # part along U all the same. So B is projected too.
             if recipe.project_B:
                 keep_off_(modules, fit.factor)
             # GRASP online (ours): look at B; what stands out joins the factor, from here on.
@@ -143,7 +144,7 @@ def finetune(model, batch_at, options, recipe=None, checkpoint=None, each=None, 
                 each(step)
             if stopped:
                 break
-            if (step + 1) % max(options.steps // 10, 1) == 0:
+            if (step + 1) % max(options.steps // 10, 1) == 0:  # ten times a run
                 checkpoint.save(fit, parameters, optimizer)
     checkpoint.save(fit, parameters, optimizer)
     if stopped or interrupted:

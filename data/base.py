@@ -11,6 +11,7 @@ from lora import matching_linears
 from model import GPT, Config, response_loss
 from support.errors import UserError, user_errors
 from support.files import read_torch, write_torch
+from support.program import seed_everything
 from support.progress import Progress
 
 
@@ -60,7 +61,7 @@ def pretrain(world, toy, seed, folder):
     settings = (known, toy.d_model, toy.n_layer, toy.n_head, pretraining, seed, torch.__version__)
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     path = Path(folder) / f"base_{key}.pt"
-    torch.manual_seed(seed)
+    seed_everything(seed)
     model = new_base(world, toy)
     if path.exists():
         print(f"base: {path}, trained before")

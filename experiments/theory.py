@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from identify import thin_svd
+from identify import null_quantile, spike, thin_svd
 from real.settings import SEED
 from support.files import whole_file, writable_folder, write_json
 from support.options import option, parse
@@ -478,6 +478,41 @@ def null(K, rank, d, generator, draws=2000):
     return found
 
 
+def look_rates(K, generator, rank=16, d=128, batches=10, batch=2000):
+    """The share of looks that pass the rule of grasp_online though nothing is shared.
+
+    gaussian_core: B of K orthonormal parts seen through a Gaussian A, Proposition 2 (iii).
+    unit_parts: K random unit answers and inputs, which overlap, seen through PEFT's uniform A.
+    """
+    cut = null_quantile(rank)
+    passed = {"gaussian_core": 0, "unit_parts": 0}
+    for _ in range(batches):
+        core = normal(batch, K, rank, generator=generator)
+        own, inputs = (normal(batch, d, K, generator=generator) for _ in range(2))
+        own, inputs = own / own.norm(dim=1, keepdim=True), inputs / inputs.norm(dim=1, keepdim=True)
+        A = torch.rand(batch, rank, d, generator=generator, dtype=torch.float64) * 2 - 1
+        for name, B in (("gaussian_core", core), ("unit_parts", own @ (A @ inputs).mT)):
+            passed[name] += (spike(torch.linalg.svdvals(B)) > cut).sum().item()
+    return {"K": K, **{name: count / (batches * batch) for name, count in passed.items()}}
+
+
+def later_rate(left, generator, rank=16, draws=20_000):
+    """The share that passes the same cut once rank - left directions have joined (mere noise)."""
+    S = torch.linalg.svdvals(normal(draws, left, left, generator=generator))
+    return {"left": left, "passed": (spike(S) > null_quantile(rank)).double().mean().item()}
+
+
+def planted_spike(rho, generator, K=16, rank=16, d=128, draws=200):
+    """The median of the rule's statistic T where a factor is planted, and the share that passes."""
+    found = []
+    for _ in range(draws):
+        instance, A = draw(K, rho, 0.0, d, d, generator), gaussian(rank, d, generator)
+        found.append(spike(torch.linalg.svdvals(instance.M @ A.T)))
+    found = torch.stack(found)
+    passed = (found > null_quantile(rank)).double().mean().item()
+    return {"rho": rho, "median": found.median().item(), "passed": passed}
+
+
 def everything(seed):
     """All tables, as one dictionary."""
     generator = torch.Generator().manual_seed(seed)
@@ -503,6 +538,9 @@ def everything(seed):
         "counterexample": [counterexample(K, generator) for K in (4, 16, 64)],
         "removal": [removal(K, mu, generator) for K in (16, 64) for mu in (0.0, 0.1)],
         "null": [null(K, 16, d, generator) for d in (128, 256) for K in (16, 64)],
+        "looks": [look_rates(K, generator) for K in (2, 4, 8, 16, 32, 64)],
+        "later": [later_rate(left, generator) for left in (15, 12, 8, 4)],
+        "planted": [planted_spike(rho, generator) for rho in (0.25, 0.5, 1.0)],
     }
 
 
@@ -549,6 +587,9 @@ def print_all(found):
             f"{name} " + " ".join(f"{q:.2f}" for q in row[name]) for name in ("dW", "B")
         )
         print(f"d {row['d']}  K {row['K']:3}  r {row['rank']}  {quantiles}")
+    print_rows("A look where nothing is shared: the share that passes, r 16", found["looks"])
+    print_rows("... the next direction, with so many values left", found["later"])
+    print_rows("A look where a factor is planted, K 16: its T", found["planted"])
 
 
 def draw_bound(found, path):

@@ -165,6 +165,8 @@ class Job:
         if method == "grasp_random":
             check_moments(found.looks, args.look_every, len(self.batches))
         if method == "grasp_online":
+            if args.rank == 1:
+                print("nothing can stand out at --rank 1: this run is a naive one")
             if args.look_every > len(self.batches):
                 print(
                     f"no look in {len(self.batches)} steps, with --look-every {args.look_every}: "

@@ -27,7 +27,9 @@ class Training:
     scaling: str = option(
         "rslora", "alpha / sqrt(rank) or alpha / rank", choices=("rslora", "lora")
     )
-    lr: float = option(1e-5, "peak learning rate", above=0, high=1e6)
+    lr: float = option(
+        1e-5, "learning rate: the warm-up ends and the decay begins at it", above=0, high=1e6
+    )
     weight_decay: float = option(0.01, "AdamW's decay", low=0)
     warmup: int = option(5, "steps of linear warm-up, before the linear decay to 0", low=0)
     batch_size: int = option(16, "rows a step", low=1)

@@ -19,6 +19,8 @@ from experiments.theory import (
     full_strength_ratio,
     gaussian,
     input_cosine_bound,
+    later_rate,
+    look_rates,
     lora_error,
     lora_flow,
     lost_answers_bound,
@@ -27,6 +29,7 @@ from experiments.theory import (
     normal,
     null_gaps,
     parts_bound,
+    planted_spike,
     random_constants,
     rest_parts,
     rotated,
@@ -35,7 +38,7 @@ from experiments.theory import (
     window_bound,
     window_uniform,
 )
-from identify import thin_svd
+from identify import standing_out, thin_svd
 from train import project_
 
 TINY = 1e-9  # rounding in double precision
@@ -778,3 +781,26 @@ def test_the_null_does_not_hold_where_inputs_have_a_common_mean(generator):
         S = torch.linalg.svdvals(unrelated(16, 40, True, generator) @ A.T @ A)
         gaps.append((S[0] / S[1]).item())
     assert statistics.median(gaps) > null_gaps(16, 16, 40, 1000, generator).quantile(0.99).item()
+
+
+def test_the_rates_of_a_look_are_those_of_the_rule_on_whole_updates(generator):
+    # orthonormal answers around the core; the rule itself, module by module
+    draws, svds = 1000, {}
+    for i in range(draws):
+        B = frame(24, 2, 0.0, generator) @ normal(2, 16, generator=generator)
+        U, S, _ = torch.linalg.svd(B, full_matrices=False)
+        svds[i] = U, S
+    passed = len(standing_out(svds)) / draws
+    expected = look_rates(2, generator, batches=2)["gaussian_core"]
+    assert abs(passed - expected) < 4 * math.sqrt(0.25 / draws) and expected > 0.1
+
+
+def test_the_fewer_values_are_left_the_more_often_the_next_direction_joins(generator):
+    rates = [later_rate(left, generator, draws=2000)["passed"] for left in (16, 12, 8, 4)]
+    assert rates == sorted(rates) and rates[0] < 0.03 < rates[1]
+
+
+def test_a_planted_factor_stands_out_more_the_more_rows_have_it(generator):
+    found = [planted_spike(rho, generator, draws=20) for rho in (0.25, 0.5, 1.0)]
+    medians = [row["median"] for row in found]
+    assert medians == sorted(medians) and {row["passed"] for row in found} == {1.0}

@@ -10,7 +10,7 @@ from toys import call, every_top_direction, write_rows
 
 from baselines import methods
 from baselines.stream import stream_subspace
-from identify import spectra
+from identify import spectra, standing_out
 from lora import load_lora, lora_modules
 from model import GPT
 from real import job as job_module
@@ -142,6 +142,16 @@ def test_grasp_online_looks_with_the_null_of_its_own_inputs(
     expected = input_nulls(job.model, *job.batch_at(0))
     assert len(seen) == 1 and seen[0].keys() == expected.keys()
     assert all(torch.equal(seen[0][name], S) for name, S in expected.items())
+
+
+def test_grasp_online_says_that_at_rank_1_it_is_naive(
+    checkpoint, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(methods, "standing_out", standing_out)
+    job = Job(Training(model=str(checkpoint), data=str(data), look_every=1, max_steps=1, rank=1))
+    fit = job.finetune("grasp_online", tmp_path)
+    assert "nothing can stand out at --rank 1" in capsys.readouterr().out
+    assert fit.factor == {}
 
 
 def test_grasp_online_saves_what_it_found_as_any_subspace_file(online, checkpoint):
