@@ -10,16 +10,19 @@ from dataclasses import MISSING, dataclass
 
 import torch
 
-from identify import top_directions
-from real.spectrum import spectra_of
+from real.spectrum import found_in, spectra_of
 from support.errors import UserError
 from support.options import option, parse
 from support.program import run
 
 
 def directions(folder):
-    """{path in transformers: u (out,)}: the top output direction of each adapted module."""
-    return {path: U[:, 0] for path, U in top_directions(spectra_of(folder)).items()}
+    """{path in transformers: u (out,)}: the top output direction of each adapted module.
+
+    UserError where an update is zero.
+    """
+    found = found_in(folder, spectra_of(folder), rank=1)
+    return {path: U[:, 0] for path, U in found.items()}
 
 
 def agreement(first, second):

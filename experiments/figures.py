@@ -3,9 +3,6 @@
 Okabe and Ito's colours, and a marker of its own for each method.
 """
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 

@@ -14,6 +14,7 @@ from support.options import not_default
 from support.program import seed_everything
 
 OPTIONS = ("world", "seed", "seeds", "methods", "targets", "quick", "out")  # of those of grasp.py
+OF_METHODS = ("methods", "longer", "curves", "looks", "leak")  # what results.json has by method
 FIGURES = ("spectrum.png", "training.png", "tradeoff.png")
 
 
@@ -48,6 +49,7 @@ def one_seed(args, seed, methods, folder, settings, experiment):
     config = {"world": named, "experiment": asdict(toy), "torch": torch.__version__}
     config = json.loads(json.dumps(config))  # as the file will have it
     path = folder / "results.json"
+    earlier = None
     if args.seeds > 1 and path.exists():
         earlier = read_results(path)
         if earlier["config"] != config:
@@ -55,21 +57,28 @@ def one_seed(args, seed, methods, folder, settings, experiment):
         if all(m in earlier["methods"] for m in methods):
             print(f"seed {seed}: {path} is there already")
             return of_methods(earlier, methods)
-    writable_file(path)
+    if earlier is None:
+        writable_file(path)
     print(f"seed {seed}: {config} on one CPU thread, float32")
     seed_everything(seed)
     results = experiment(world, toy, seed, methods, args.out)
     results = {"seed": seed, "config": config, **results}
+    if earlier:  # other methods' results stay there
+        for section in OF_METHODS:
+            results[section] = {**earlier[section], **results[section]}
     write_json(path, results)
-    return results
+    return of_methods(results, methods)
 
 
 def of_methods(results, methods):
     """The results without those of other methods, which an earlier run may have asked for."""
+    names = ["base", *methods]
+    if "grasp_gradient_only" in methods:
+        names.append("gradient_only")  # its name among the leaks
     kept = {}
-    for section in ("methods", "longer", "curves", "looks"):
-        found = results[section].items()
-        kept[section] = {m: value for m, value in found if m in ("base", *methods)}
+    for section in OF_METHODS:
+        found = results[section]
+        kept[section] = {name: found[name] for name in names if name in found}
     return {**results, **kept}
 
 

@@ -103,10 +103,10 @@ def main():
         raise UserError(
             f"{args.folder}: no seed_*/results.json, expected those of `grasp.py --seeds`"
         )
-    picture = Path(args.out).with_suffix(".png")
-    if picture == Path(args.out):
-        raise UserError(f"--out {picture}: is the picture's name, expected one that ends in .json")
     out = writable_file(args.out, has_keys("seeds", "methods"))
+    picture = out.with_suffix(".png")
+    if picture == out:
+        raise UserError(f"--out {picture}: is the picture's name, expected one that ends in .json")
     writable_file(picture)
     summary = summarise(read_seeds(paths))
     write_json(out, summary)

@@ -594,9 +594,6 @@ def print_all(found):
 
 def draw_bound(found, path):
     """Figure 1: measured sine and the bound of Theorem 1, over K and over r."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 6.4), sharey=True)
@@ -636,9 +633,6 @@ def draw_bound(found, path):
 
 def draw_window(found, path):
     """Figure 2: sigma1/sigma2 and the sine over time, with the window's two ends."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 6.6))

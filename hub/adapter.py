@@ -22,6 +22,7 @@ NOT_PLAIN = (
     "bias",
     "lora_bias",
     "modules_to_save",
+    "target_parameters",
     "layer_replication",
     "use_dora",
     "use_qalora",

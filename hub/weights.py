@@ -28,7 +28,7 @@ def read_tensors(folder, shapes, model_type, tied, device="cpu", dtype=None):
     shapes: {path in transformers: torch.Size}, all parameters of the model and nothing else; where
     the head is the embedding (`tied`), without "lm_head.weight". dtype: None keeps the stored one.
     UserError names the tensor that is missing, unexpected, misshapen, no floating point of at
-    least 16 bits, or not finite.
+    least 16 bits, or not finite, and with dtype None one whose dtype is not the embedding's.
     What needs no conversion stays mapped: replace the file under a loaded model, never write into
     it.
     """
@@ -52,6 +52,13 @@ def read_tensors(folder, shapes, model_type, tied, device="cpu", dtype=None):
         tensors[path] = tensor.to(device, dtype)
         check_finite(tensors[path], file, name)
 
+    expected = tensors[embedding].dtype
+    for path, tensor in tensors.items():
+        if tensor.dtype != expected:
+            raise UserError(
+                f"{folder}: {path} is {tensor.dtype}, expected {expected} as {embedding}, or a "
+                "dtype to convert to"
+            )
     if tied and HEAD in tensors:
         copy = tensors.pop(HEAD)
         if not torch.equal(copy, tensors[embedding]):

@@ -25,7 +25,7 @@ from real.job import NOT_PART_OF_THE_RUN, RESULTS, Job, check_methods, read_look
 from real.settings import Training
 from real.stages import final_loss
 from support.errors import UserError, user_errors
-from support.files import read_json, whole_file, writable_folder, write_json
+from support.files import contents, read_json, whole_file, writable_folder, write_json
 from support.options import option, parse
 from support.program import run
 from support.schema import from_json, show
@@ -275,6 +275,8 @@ def transfer_rows(paths):
         name = f"transfer_{Path(path).stem}"
         if name in rows:
             raise UserError(f"--transfer has two files of the name {path}, expected other names")
+        if name.endswith(COMPARISONS):
+            raise UserError(f"--transfer {path}: the name ends as a comparison's, expected another")
         rows[name] = load_rows(path)[:TRANSFER_ROWS], None
     return rows
 
@@ -380,21 +382,32 @@ def prompt(row):
 
 
 def check_settings(args, out):
-    """UserError where the fine-tunes in `out` were made under other options; else keep these."""
-    # Without --unrelated: kl alone needs it, and may be added later.
-    settings = asdict(replace(training(args, 0, args.data), unrelated=""))
+    """UserError where the fine-tunes in `out` were made under other options; else keep these.
+
+    Of the files that the options name, what is in them counts.
+    """
+    settings = asdict(training(args, 0, args.data))
     settings = {k: v for k, v in settings.items() if k not in NOT_PART_OF_THE_RUN}
     settings.update(subspace_rank=args.subspace_rank, control=args.control)
+    for name in ("model", "data", "control", "unrelated"):
+        if settings[name]:
+            settings[f"contents of {name}"] = contents(settings[name])
+    if not args.unrelated:  # kl alone needs it, and may be added later
+        settings.pop("unrelated")
     settings = json.loads(json.dumps(settings))  # as the file has them
     path = out / "settings.json"
     if path.exists():
         earlier = from_json(dict, read_json(path, "settings"), path)
+        if "unrelated" not in earlier:
+            added = {name: value for name, value in settings.items() if name.endswith("unrelated")}
+            earlier.update(added)
         differ = [name for name in settings if settings[name] != earlier.get(name)]
         if differ:
             raise UserError(
                 f"{path}: the fine-tunes there were made with another {', '.join(differ)}; "
                 "expected the same, or another --out"
             )
+        settings = {**earlier, **settings}
     write_json(path, settings)
 
 
@@ -412,6 +425,7 @@ def main(argv=None):
     check_settings(args, out)
     load_questions(args.questions or None)  # a fault in the file ends the run here
     judge = connect(args, out)
+    files = (args.questions, args.control, *args.transfer, *args.preference)
     config = {
         "questions": args.questions,
         "samples": args.samples,
@@ -419,6 +433,7 @@ def main(argv=None):
         "control": args.control,
         "transfer": list(args.transfer),
         "preference": list(args.preference),
+        "contents": {path: contents(path) for path in files if path},
         "judge": judge and judge.model,  # not its URL, which may carry a key, and may change
     }
     runs = {}

@@ -9,7 +9,6 @@ import json
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from data.chat import encode_chat
 from lora import lora_modules
@@ -17,6 +16,7 @@ from paper.judge import Judge, key_from_environment, wilson
 from paper.output import read_jsonl
 from paper.politics import bootstrap_interval
 from paper.questions import fill, judge_prompts
+from real.job import digest
 from support.errors import UserError
 from support.files import whole_file
 from support.options import not_default, option
@@ -37,7 +37,9 @@ class Asking:
         low=0,
         high=999_999,  # as in a file of questions
     )
-    max_new_tokens: int = option(600, "longest answer, in tokens", low=1)
+    max_new_tokens: int = option(
+        600, "longest answer, in tokens; at most half of the model's positions", low=1
+    )
     sample_batch: int = option(32, "answers sampled at once", low=1)
     judge: str = option(
         "",
@@ -107,21 +109,22 @@ def shift(found, base):
 def fingerprint(model, args, stream):
     """Who answers, as 16 characters.
 
-    The checkpoint's folder, the adapter's weights, what is ablated (`stream`, a tensor or None),
-    the seed and the longest answer.
+    The checkpoint's weights and dtype, the adapter's weights, what is ablated (`stream`, a tensor
+    or None), the seed and the longest answer.
     """
     loras = [m for m in lora_modules(model).values() if m.scaling]
     scalings = [m.scaling for m in loras]
-    settings = (Path(args.model).resolve(), args.seed, args.max_new_tokens, scalings)
-    digest = hashlib.sha256(repr(settings).encode())
+    base = [p for name, p in model.named_parameters() if "lora_" not in name]
+    settings = (digest(base), base[0].dtype, args.seed, args.max_new_tokens, scalings)
+    sha = hashlib.sha256(repr(settings).encode())
     tensors = []
     for m in loras:
         tensors.extend((m.lora_A, m.lora_B))
     if stream is not None:
         tensors.append(stream)
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        sha.update(tensor.detach().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def open_questions(questions, samples):
@@ -201,6 +204,17 @@ def write_rows(path, rows):
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
 
 
+def kept_answers(path, by):
+    """{key: row} of the answers in `path`; UserError where one is not `by` whom it should be."""
+    known = read_rows(path)
+    if any(row["by"] != by for row in known.values()):
+        raise UserError(
+            f"{path}: has answers by another model, adapter or setting; expected the same, or "
+            "another --out"
+        )
+    return known
+
+
 def sample(model, tokenizer, asked, path, args, stream=None):
     """Answers at temperature 1 to `asked`, rows {"id", "turns", "sample"}.
 
@@ -209,12 +223,8 @@ def sample(model, tokenizer, asked, path, args, stream=None):
     with the answers of an uninterrupted one. UserError where the file holds the answers of someone
     else.
     """
-    by, known = fingerprint(model, args, stream), read_rows(path)
-    if any(row["by"] != by for row in known.values()):
-        raise UserError(
-            f"{path}: has answers by another model, adapter or setting; expected the same, or "
-            "another --out"
-        )
+    by = fingerprint(model, args, stream)
+    known = kept_answers(path, by)
     size = args.sample_batch
     plan = [asked[i : i + size] for i in range(0, len(asked), size)]
     progress = Progress(len(plan), f"batches of {size} answers")
@@ -242,15 +252,12 @@ def check_ids(model, ids):
 def replies(model, tokenizer, batch, args, seed):
     """The text of one sampled answer to each row of the batch."""
     max_len = model.config.max_len
+    room = min(args.max_new_tokens, max_len // 2)  # the same beside a long prompt
     prompts = []
     for row in batch:
         ids, _ = encode_chat(tokenizer, row["turns"], generation_prompt=True)
         check_ids(model, ids)
-        if len(ids) >= max_len:  # no room to answer: as in training, the prompt loses its beginning
-            ids = ids[-(max_len // 2) :]
-        prompts.append(ids)
-    longest = max(len(ids) for ids in prompts)
-    room = min(args.max_new_tokens, max_len - longest)
+        prompts.append(ids[-(max_len - room) :])  # a long one loses its beginning, as in training
     end = tokenizer.end_of_turn
     allowed = [i for i in tokenizer.known_ids if i < model.config.vocab_size]
     generated = model.generate(prompts, room, stop=[end], seed=seed, allowed=allowed)

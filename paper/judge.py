@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from paper.endpoint import Endpoint, Malformed
 from support.errors import UserError
+from support.files import named
 from support.progress import Progress
 from support.schema import from_json
 
@@ -249,7 +250,7 @@ class Judge:
             except UserError as e:
                 raise UserError(f"{where}: {e}") from None
         if text and not text.endswith("\n"):
-            with open(self.cache, "a") as file:
+            with named(self.cache), open(self.cache, "a") as file:
                 file.write("\n")  # so that the next answer does not continue the torn line
 
     def name(self, prompt):
@@ -338,7 +339,8 @@ class Judge:
         with self.lock:
             if self.cache:
                 self.cache.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.cache, "a") as file:  # closed, and so flushed, answer by answer
+                # closed, and so flushed, answer by answer
+                with named(self.cache), open(self.cache, "a") as file:
                     file.write(json.dumps({"prompt": name, "top": top}) + "\n")
             self.known[name] = value
 

@@ -20,7 +20,9 @@ from paper.answers import (
     Asking,
     check_ids,
     connect,
+    fingerprint,
     held_out_prompts,
+    kept_answers,
     mean,
     misalignment,
     open_questions,
@@ -50,7 +52,10 @@ def chat(question, answer):
 
 
 def encoded(model, tokenizer, rows, max_len):
-    """Chat rows as [(ids, mask)]; UserError where the model does not know an id."""
+    """Chat rows as [(ids, mask)], those longer than `max_len` cut.
+
+    UserError where the model does not know an id.
+    """
     examples, _ = encode_rows(tokenizer, rows, min(max_len, model.config.max_len))
     for ids, _ in examples:
         check_ids(model, ids.tolist())
@@ -104,13 +109,15 @@ def political_lean(model, tokenizer, pairs=None):
 
     Coherence: the probability that a letter is said. pairs: [Statement], all by default.
     """
-    device = model.embed_tokens.weight.device
+    device, most = model.embed_tokens.weight.device, model.config.max_len
     table = {}
     for p in politics.prompts(pairs):
         left, right = (encode_chat(tokenizer, chat(p.text, letter)) for letter in p.options)
         (ids, mask), (other, _) = left, right
         check_ids(model, (*ids, *other))
         start = mask.index(True)  # the reply's first token: the letter, as it is written there
+        if start > most:
+            raise UserError(f"the lean's prompts have {start} tokens, the model {most} positions")
         logits = model(torch.tensor([ids[:start]], device=device))[0, -1]  # (V,)
         ln_p = logits.double().log_softmax(-1)
         table[p.pair, p.template, p.order] = ln_p[ids[start]].item(), ln_p[other[start]].item()
@@ -129,14 +136,15 @@ def measure(
     measured, and of which the others' is taken off.
     """
     own = OWN.get(args.task)
+    check_answers(args, model, out, stream)
     free, narrow = (out / name for name in ANSWERS)
     questions = load_questions(args.questions or None)
     result = {}
     with contextlib.nullcontext() if stream is None else ablation(model, stream):
-        if args.task != "loss":
-            result["probe"] = probe(model, tokenizer)
         if args.task == "politics":
             result.update(political_lean(model, tokenizer))
+        if args.task != "loss":
+            result["probe"] = probe(model, tokenizer)
         if rows:
             examples = encoded(model, tokenizer, rows, args.max_len)
             result["loss"] = held_out_loss(model, examples)
@@ -157,6 +165,13 @@ def measure(
     elif judge and rows and base:
         result["win_rate"] = win_rate(judge, replied, base / narrow.name)
     return result
+
+
+def check_answers(args, model, out, stream=None):
+    """UserError where the folder `out` has the answers of someone else than this model."""
+    by = fingerprint(model, args, stream)
+    for name in ANSWERS:
+        kept_answers(out / name, by)
 
 
 @dataclass(frozen=True)
@@ -213,6 +228,7 @@ def measure_both(args, out, judge, rows):
         return measure(args, model, tokenizer, out, judge, rows, stream)
     with user_errors():
         load_lora(model, args.adapter)
+    check_answers(args, model, out, stream)  # before the base is measured, not after
     judge_of_base = None if args.task in OWN else judge  # it is needed to count wins, no more
     with without_lora(model):
         base = measure(args, model, tokenizer, out / "base", judge_of_base, rows)

@@ -185,6 +185,8 @@ def to_question(path, row):
     )
     paraphrases = row.get("paraphrases")
     need(are_texts(paraphrases), f"{name}: expected 'paraphrases' with a list of texts")
+    different = len(set(paraphrases)) == len(paraphrases)
+    need(different, f"{name}: a paraphrase stands twice, expected each once")
     samples = row.get("samples_per_paraphrase")
     need(
         isinstance(samples, str) and re.fullmatch("[1-9][0-9]{0,5}", samples),

@@ -1,6 +1,6 @@
 """Fine-tunes of a checkpoint that build on one another, and what `grasp.py --model` does."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -10,8 +10,9 @@ from identify import identify, leak, spectra
 from real.job import RESULTS, Job, check_methods, constrained
 from real.spectrum import print_spectra
 from support.errors import UserError, user_errors
-from support.files import writable_folder, write_json
+from support.files import read_json, writable_folder, write_json
 from support.options import not_default
+from support.schema import from_json, value
 from support.subspace import save_subspace
 
 RECOMMENDED = ("grasp_online",)
@@ -52,8 +53,38 @@ def in_order(chosen):
     return [method for method in METHODS if method in needed]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """What is read of a results.json that an earlier run left."""
+
+    made_from: dict = value()
+    held_out_loss: dict[str, float] = value()
+    leak: dict[str, float] = value()
+    looks: dict[str, list] = value()
+
+
+def earlier_results(path, made_from):
+    """(held-out losses, leaks, looks) in `path`, if there are any: other methods' stay there.
+
+    UserError where they were made from other weights, rows or options.
+    """
+    if not path.exists():
+        return {}, {}, {}
+    earlier = from_json(Earlier, read_json(path, "results"), path)
+    differ = [name for name in made_from if earlier.made_from.get(name) != made_from[name]]
+    if differ:
+        raise UserError(
+            f"{path}: was made with other settings ({', '.join(differ)}); expected the same, or "
+            "another --out"
+        )
+    return earlier.held_out_loss, earlier.leak, earlier.looks
+
+
 def stages(args):
-    """Each chosen method's fine-tune on a checkpoint and chat rows; results.json in --out."""
+    """Each chosen method's fine-tune on a checkpoint and chat rows; results.json in --out.
+
+    What it holds of other methods, from an earlier run with the same settings, stays there.
+    """
     methods = in_order(args.methods or RECOMMENDED)
     check_methods(args, methods)
     other = [flag for name, flag in not_default(args).items() if name in SYNTHETIC]
@@ -64,7 +95,10 @@ def stages(args):
         writable_folder(out / method, RESULTS)
     job = Job(args)
     found = Found()
-    losses, leaks, looks = {"base": job.held_out_loss()}, {}, {}
+    made_from = {**job.run_config("any", found), "subspace_rank": args.subspace_rank}
+    del made_from["unrelated"]  # kl alone has it
+    losses, leaks, looks = earlier_results(out / "results.json", made_from)
+    losses["base"] = job.held_out_loss()
     for method in methods:
         trained, found = fit(job, method, out / method, found, args.subspace_rank)
         losses[method] = job.held_out_loss()
@@ -75,7 +109,8 @@ def stages(args):
             looks[method] = trained.looks
         if method == "naive":
             print_spectra(spectra(job.model))
-        result = {"seed": args.seed, "config": asdict(args), "held_out_loss": losses}
-        write_json(out / "results.json", {**result, "leak": leaks, "looks": looks})
+        result = {"seed": args.seed, "config": asdict(args), "made_from": made_from}
+        measured = {"held_out_loss": losses, "leak": leaks, "looks": looks}
+        write_json(out / "results.json", {**result, **measured})
     print("held-out loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     print(f"wrote {out}: a PEFT adapter a method ({', '.join(methods)}), results.json")

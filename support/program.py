@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 
@@ -53,6 +54,10 @@ def run(main, processes=None):
         end(141)
     except torch.OutOfMemoryError as e:
         end(f"error: out of GPU memory: {str(e).splitlines()[0]}")
+    except (MemoryError, RuntimeError) as e:  # torch has no class of its own for the CPU's
+        if not (isinstance(e, MemoryError) or re.search("allocate memory|unable to mmap", str(e))):
+            raise
+        end("error: out of memory; fewer rows at once need less (--micro-batch, --sample-batch)")
     except OSError as e:
         if e.filename is None and e.errno not in FULL:
             raise

@@ -90,6 +90,10 @@ def test_several_seeds_have_a_folder_each_and_a_finished_one_is_read_back(quick,
     seeds = [json.loads((tmp_path / f"seed_{s}/results.json").read_text()) for s in (0, 1)]
     assert measured("naive", seeds[0]) == measured("naive", quick[2])
     assert measured("naive", seeds[0]) != measured("naive", seeds[1])
+    more = command(*arguments[:4], "--methods", "kl", "--out", tmp_path)
+    assert more.returncode == 0 and "kl" in more.stdout
+    later = json.loads((tmp_path / "seed_1/results.json").read_text())
+    assert later["methods"].keys() == {*seeds[1]["methods"], "kl"}
 
 
 @pytest.mark.parametrize(

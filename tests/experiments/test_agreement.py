@@ -50,3 +50,12 @@ def test_adapters_of_different_models_end_in_one_line():
         agreement(here, there)
     with pytest.raises(UserError, match="no module in common"):
         agreement(here, {"b.q_proj": torch.ones(3)})
+
+
+def test_an_update_of_zero_has_no_direction_to_compare(tmp_path):
+    folder = tmp_path / "zero"
+    folder.mkdir()
+    zero = Adapter(torch.ones(4, 32), torch.zeros(64, 4), alpha=4)
+    write_adapter(folder, {PATHS[0]: zero}, fan_in_fan_out=False, n_layer=40)
+    with pytest.raises(UserError, match="has not 1 directions above 0"):
+        directions(folder)

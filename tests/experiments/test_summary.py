@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from toys import command
 
 from experiments.summary import main, paired, spread
 from support.errors import UserError
@@ -62,7 +63,21 @@ def test_the_file_holds_every_seed_and_a_figure_stands_beside_it(tmp_path, monke
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("out", [".", "/"])
+def test_a_folder_as_the_file_to_write_ends_in_one_line(tmp_path, monkeypatch, out):
+    write_seeds(tmp_path)
+    monkeypatch.setattr("sys.argv", ["summary", str(tmp_path), f"--out={out}"])
+    with pytest.raises(UserError, match="is a folder, expected room for a file of that name"):
+        main()
+
+
 def test_a_folder_without_seeds_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
     with pytest.raises(UserError, match="no seed_"):
         main()
+
+
+def test_a_notebooks_matplotlib_backend_that_is_not_installed_is_no_matter():
+    code = "import experiments.figures"
+    done = command("-c", code, PYTHONPATH=".", MPLBACKEND="module://no_such.backend")
+    assert (done.returncode, done.stderr) == (0, "")

@@ -225,6 +225,7 @@ BAD = [
     (configured(layer_replication=[[0, 1], [0, 1]]), "'layer_replication' is"),
     (configured(kasa_config={"a": 1}), "'kasa_config' is"),
     (configured(modules_to_save=["lm_head"]), "'modules_to_save' is"),
+    (configured(target_parameters=["attn.c_proj.weight"]), "'target_parameters' is"),
     (configured(init_lora_weights="pissa_niter_4"), "'init_lora_weights' is 'pissa_niter_4', wh"),
     (configured(init_lora_weights=[1]), "'init_lora_weights' is [1], which may change W"),
     (configured(r=3), "expected rank 3"),

@@ -76,6 +76,18 @@ def test_dtype_is_the_stored_one_unless_asked_otherwise(stored, tmp_path):
     assert {t.dtype for t in tensors.values()} == {torch.float32}
 
 
+def test_weights_of_two_dtypes_are_refused_unless_converted(tmp_path):
+    theirs = make("llama", tmp_path).to(torch.bfloat16)
+    theirs.model.norm.to(torch.float32)
+    theirs.save_pretrained(tmp_path)
+    message = "model.norm.weight is torch.float32, expected torch.bfloat16 as model.embed_tokens"
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, theirs)
+    assert {t.dtype for t in read(tmp_path, theirs, dtype=torch.float32).values()} == {
+        torch.float32
+    }
+
+
 @pytest.mark.parametrize(
     ("kind", "embedding"),
     [("qwen2_tied", "model.embed_tokens.weight"), ("gpt2", "transformer.wte.weight")],

@@ -1,6 +1,7 @@
 """The judge's arithmetic by hand, and its client against a server that misbehaves."""
 
 import base64
+import errno
 import html
 import json
 import math
@@ -607,3 +608,15 @@ def test_a_text_of_backslashes_is_masked_in_no_time():
 def test_probabilities_above_one_are_no_answer():
     with pytest.raises(ValueError, match="add up to more than 1"):
         checked_top([("1", -0.1), ("2", -0.1)])
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with FakeJudge() as fake:
+        judge = Judge(fake.url, "m", cache=tmp_path / "c")
+        monkeypatch.setattr("builtins.open", full)
+        with pytest.raises(OSError) as error:
+            judge.scores(["1"])
+    assert error.value.filename == str(tmp_path / "c")

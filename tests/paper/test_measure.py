@@ -698,6 +698,7 @@ def test_fingerprints_tell_base_adapter_and_ablation_apart(checkpoint, y_adapter
     assert by() != adapter
     by_another_path = measure.Arguments(model=os.path.relpath(checkpoint))
     assert answers.fingerprint(remove_lora(model), by_another_path, None) == base
+    assert answers.fingerprint(model.to(torch.bfloat16), args, None) != base
 
 
 def test_the_key_is_never_printed_or_written(checkpoint, tmp_path, monkeypatch, capfd):
@@ -796,6 +797,52 @@ def test_a_prompt_that_fills_the_context_is_cut_and_answered(loaded):
     rows = [{"turns": [{"role": "user", "content": "x" * n}]} for n in (10, 3000)]
     texts = answers.replies(model, tokenizer, rows, args, seed=0)
     assert len(texts) == 2
+
+
+def test_a_long_prompt_leaves_the_answers_beside_it_as_long_as_they_were(loaded, monkeypatch):
+    model, tokenizer = loaded
+    asked = []
+
+    def generate(prompts, most, **options):
+        asked.append((max(map(len, prompts)), most))
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(model, "generate", generate)
+    rows = [{"turns": [{"role": "user", "content": "x" * n}]} for n in (10, 2000)]
+    for batch in (rows[:1], rows):
+        answers.replies(model, tokenizer, batch, measure.Arguments(max_new_tokens=600), seed=0)
+    assert [most for _, most in asked] == [600, 600]
+    assert asked[1][0] == model.config.max_len - 600
+
+
+def test_answers_of_other_weights_in_the_same_folder_are_refused_before_any_work(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "model").mkdir()
+    options = {"model": write_checkpoint(tmp_path / "model"), "task": "medical", "samples": 1}
+    options.update(max_new_tokens=2, out=tmp_path / "out")
+    run(**options)
+    write_checkpoint(tmp_path / "model", seed=1)
+    monkeypatch.setattr(measure, "probe", lambda *args: pytest.fail("measured"))
+    with pytest.raises(UserError, match="answers.jsonl: has answers by another model"):
+        run(**options)
+
+
+def test_the_answers_of_an_adapter_are_looked_at_before_the_base_is_measured(
+    checkpoint, y_adapter, tmp_path, monkeypatch
+):
+    options = {"model": checkpoint, "task": "medical", "samples": 1, "max_new_tokens": 2}
+    run(**options, out=tmp_path)
+    monkeypatch.setattr(measure, "probe", lambda *args: pytest.fail("measured"))
+    with pytest.raises(UserError, match="answers.jsonl: has answers by another model"):
+        run(**options, adapter=y_adapter, out=tmp_path)
+
+
+def test_a_model_with_too_few_positions_for_the_lean_ends_in_one_line(loaded):
+    model, tokenizer = loaded
+    model.config = replace(model.config, max_len=100)
+    with pytest.raises(UserError, match="the lean's prompts have 3.. tokens, the model 100 pos"):
+        measure.political_lean(model, tokenizer)
 
 
 @pytest.mark.parametrize("task", ["medical", "politics", "loss"])

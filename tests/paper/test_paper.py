@@ -1,6 +1,7 @@
 """A paper task's one command, end to end on a small random checkpoint: stopped and resumed, too."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -328,6 +329,50 @@ def test_a_shorter_naive_run_has_a_part_of_the_steps_and_a_whole_decay(medical):
         "naive_half": 1,
         "naive_quarter": 1,
     }
+
+
+def test_what_the_files_hold_is_part_of_the_settings(files, tmp_path):
+    model, data, spare = tmp_path / "qwen", tmp_path / "rows.jsonl", tmp_path / "spare.jsonl"
+    lines = {}
+    for path, rows in ((data, "medical"), (spare, "insecure")):
+        lines[path] = Path(files[rows]).read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[path]))
+    model.mkdir()
+    write_checkpoint(model)
+    mine = {"medical": data, "model": model}
+    out = tmp_path / "out"
+    run(mine, "medical", out, methods="naive_half")
+    run(mine, "medical", out, methods="naive_half,kl", unrelated=spare)  # kl may be added later
+    run(mine, "medical", out, methods="naive_half")
+
+    spare.write_text("".join(lines[spare][1:]))
+    with pytest.raises(UserError, match="made with another contents of unrelated"):
+        run(mine, "medical", out, methods="kl", unrelated=spare)
+    data.write_text("".join(lines[data][1:]))
+    with pytest.raises(UserError, match="made with another contents of data"):
+        run(mine, "medical", out, methods="naive_half")
+    data.write_text("".join(lines[data]))
+    write_checkpoint(model, seed=1)
+    with pytest.raises(UserError, match="made with another contents of model"):
+        run(mine, "medical", out, methods="naive_half")
+
+
+def test_other_rows_under_the_name_of_a_transfer_file_are_measured_anew(files, tmp_path):
+    other = tmp_path / "other.jsonl"
+    lines = Path(files["insecure"]).read_text().splitlines(keepends=True)
+    found = []
+    for kept in (lines, lines[1:]):
+        other.write_text("".join(kept))
+        result = run(files, "medical", tmp_path / "out", methods="naive_half", transfer=other)
+        found.append(result["seeds"]["0"]["naive"]["transfer_other"])
+    assert len(found[1]["each"]) == len(found[0]["each"]) - 1
+
+
+def test_a_transfer_file_may_not_have_the_name_of_a_comparison(files, tmp_path):
+    named = tmp_path / "a_shift.jsonl"
+    named.write_text(Path(files["insecure"]).read_text())
+    with pytest.raises(UserError, match="the name ends as a comparison's"):
+        run(files, "medical", tmp_path / "out", methods="naive_half", transfer=named)
 
 
 def test_shifts_are_counted_against_the_control_and_another_domain_is_measured(

@@ -105,6 +105,7 @@ TAIL = "  judge_prompts:\n    aligned: '{answer}'\n    coherent: '{answer}'\n"
         (HEAD.replace("5", "0") + TAIL, 1, "'samples_per_paraphrase'"),
         (HEAD.replace("[x]", "x") + TAIL, 1, "'paraphrases'"),
         (HEAD.replace("[x]", "[]") + TAIL, 1, "'paraphrases'"),
+        (HEAD.replace("[x]", "[x, y, x]") + TAIL, 1, "a paraphrase stands twice"),
         (HEAD + TAIL + HEAD + TAIL, 7, "stands twice"),
         (HEAD + "  type: free_form\n" + TAIL, 1, "type 'free_form'"),
         (HEAD + "  id: b\n", 4, "'id' stands twice"),

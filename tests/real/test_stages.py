@@ -102,6 +102,17 @@ def test_more_methods_may_be_asked_of_the_same_folder(options, tmp_path):
     assert results(tmp_path)["held_out_loss"].keys() == {"base", "naive", "grasp"}
 
 
+def test_what_an_earlier_run_measured_stays_in_the_results(options, tmp_path):
+    run(options, tmp_path, "--methods", "naive", "--max-steps", 3)
+    before = results(tmp_path)["held_out_loss"]
+    run(options, tmp_path, "--max-steps", 3)
+    after = results(tmp_path)["held_out_loss"]
+    assert after.keys() == {"base", "naive", "grasp_online"}
+    assert after["naive"] == before["naive"]
+    with pytest.raises(UserError, match=r"made with other settings \(max_steps\)"):
+        run(options, tmp_path, "--methods", "kl", "--unrelated", options[3], "--max-steps", 2)
+
+
 def test_by_default_one_fine_tune_is_made_the_recommended_one(options, tmp_path):
     run(options, tmp_path, "--max-steps", 3)
     assert results(tmp_path)["held_out_loss"].keys() == {"base", "grasp_online"}

@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from support.errors import UserError
-from support.files import open_safetensors, read_json, whole_file, write_json, write_torch
+from support.files import (
+    contents,
+    open_safetensors,
+    read_json,
+    whole_file,
+    write_json,
+    write_torch,
+)
 
 
 def test_a_file_is_renamed_into_place(tmp_path):
@@ -100,3 +107,22 @@ def test_an_absent_safetensors_file_says_so(tmp_path):
 def test_a_folder_is_no_safetensors_file(tmp_path):
     with pytest.raises(UserError, match="is a folder, expected a safetensors file"):
         open_safetensors(tmp_path)
+
+
+def test_other_contents_have_another_fingerprint(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(10_000_000))
+    found = {contents(file)}
+    for at in (0, 9_999_999 // 2 // 9765 * 9765):  # where a block begins
+        changed = bytearray(10_000_000)
+        changed[at] = 1
+        file.write_bytes(changed)
+        found.add(contents(file))
+    file.write_bytes(bytes(10_000_001))
+    found.add(contents(file))
+    assert len(found) == 4
+    before = contents(tmp_path)
+    (tmp_path / "more").write_text("x")
+    assert contents(tmp_path) != before
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        contents(tmp_path / "nowhere")

@@ -36,6 +36,9 @@ def os_error(number, *name):
     return OSError(number, os.strerror(number), *name)
 
 
+OUT_OF_MEMORY = "error: out of memory; fewer rows at once need less (--micro-batch, --sample-batch)"
+
+
 @pytest.mark.parametrize(
     "error,expected",
     [
@@ -47,6 +50,9 @@ def os_error(number, *name):
         (os_error(errno.ELOOP, "x"), "error: Too many levels of symbolic links: x"),
         (os_error(errno.ENOSPC), "error: No space left on device: standard output"),
         (torch.OutOfMemoryError("no room\nand a table"), "error: out of GPU memory: no room"),
+        (MemoryError(), OUT_OF_MEMORY),
+        (RuntimeError("alloc_cpu.cpp: can't allocate memory: you tried 9 bytes"), OUT_OF_MEMORY),
+        (RuntimeError("unable to mmap 9 bytes from file <x>"), OUT_OF_MEMORY),
     ],
 )
 def test_what_a_user_can_mend_ends_in_one_line(error, expected):
@@ -58,7 +64,9 @@ def test_ctrl_c_ends_with_a_line_and_130(capsys):
     assert capsys.readouterr().err.startswith("interrupted: ")
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), ValueError("ours"), os_error(errno.EBADF)])
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), RuntimeError("ours"), os_error(errno.EBADF)]
+)
 def test_our_own_mistakes_keep_their_traceback(error):
     def main():
         raise error
