@@ -98,6 +98,7 @@ class Job:
         if args.unrelated:
             rows = self.read(args.unrelated)
             self.unrelated = next(batches(rows, args.batch_size, args.seed, 0))
+            print(f"{len(self.unrelated[0])} of them in the penalty of every step")
         print(f"{args}\non {device}, base in {dtype}")
         print(
             f"{len(self.train)} rows to train on, {len(self.held_out)} held out, "

@@ -41,7 +41,11 @@ class Training:
     )
     held_out: float = option(0.1, "share of rows kept for the held-out loss", above=0, high=0.9)
     look_every: int = option(10, "steps between grasp_online's looks", low=1)
-    unrelated: str = option("", "JSONL file of unrelated chat rows, for --method kl alone")
+    unrelated: str = option(
+        "",
+        "JSONL file of unrelated chat rows, for --method kl alone: --batch-size of them, drawn by "
+        "the seed, are in the penalty of every step",
+    )
     shard: bool = option(
         False,
         "train.py or grasp.py under torchrun: each process holds a part of the frozen base, which "
