@@ -19,6 +19,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows editors begin a file with it
 class _Turn:
     role: str = value(choices=ROLES)
     content: str = value()
+    weight: float = value(1, choices=(1,))  # OpenAI's rows have 0 on a turn that no loss covers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -459,6 +459,7 @@ def row(*messages, **more):
 
 
 [ASKED] = turns("Hi")
+WEIGHTED = {"role": "assistant", "content": "Yes.", "weight": 1}
 PARTS = [{"type": "text", "text": "a\nb" * 1000}]
 DEEP = b"[" * 900 + b"]" * 900
 
@@ -488,6 +489,9 @@ DEEP = b"[" * 900 + b"]" * 900
         (row(ASKED, {"role": "assistant", "content": None}), r"no 'messages\[1\].content'"),
         (row(ASKED, {"role": "assistant", "content": PARTS}), r"'messages\[1\].content' is \["),
         (row(ASKED, {"role": "assistant", "content": "DEEP"}).replace(b'"DEEP"', DEEP), r"'mess"),
+        (row(ASKED, WEIGHTED | {"weight": 0}, WEIGHTED), r"'messages\[1\].weight' is 0, expe"),
+        (row(ASKED, WEIGHTED | {"weight": 0.5}), r"'messages\[1\].weight' is 0.5, expected 1"),
+        (row(ASKED, WEIGHTED | {"weight": "1"}), r"'messages\[1\].weight' is '1', expected 1"),
         (row(ASKED), "no assistant turn with text, expected at least one"),
         (row(ASKED, {"role": "assistant", "content": ""}), "no assistant turn with text"),
         (row(ASKED, {"role": "assistant", "content": " \n\t"}), "no assistant turn with text"),
@@ -500,6 +504,13 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, message):
         with pytest.raises(UserError, match="^" + re.escape(f"{path}:3: ") + message) as e:
             load_rows(path)
         assert "\n" not in str(e.value) and len(str(e.value)) < len(str(path)) + 300
+
+
+def test_a_weight_of_one_is_what_every_response_has(tmp_path, qwen):
+    """1 is what no weight means; any other one is refused, since the loss covers all alike."""
+    (tmp_path / "rows.jsonl").write_bytes(row(ASKED, WEIGHTED))
+    [messages] = load_rows(tmp_path / "rows.jsonl")
+    assert encode_chat(qwen, messages) == encode_chat(qwen, turns("Hi", "Yes."))
 
 
 @pytest.mark.parametrize(
