@@ -41,15 +41,19 @@ PLANES = {
 
 
 class Tokenizer:
-    """`encode` never yields a special token, whatever the text says; `special` looks those up.
+    """`encode` takes special tokens in a text as ordinary text; `special` looks their ids up.
 
     model_type: the checkpoint's. system: the text of the default system turn of its chat template,
-    or None. specials: {name: id}. known_ids: every id that decodes, ascending; an embedding is
-    padded beyond them.
+    or None. specials: {name: id}, all added tokens. plain: those of them that are not special, such
+    as Qwen3's <think>, which have their own id in text too. known_ids: every id that decodes,
+    ascending; an embedding is padded beyond them.
     """
 
-    def __init__(self, ranks, specials, model_type, pattern, nfc, system=None):
-        """ranks: {bytes: id}. pattern: a key of PATTERNS. nfc: whether text is normalised first."""
+    def __init__(self, ranks, specials, model_type, pattern, nfc, system=None, plain=(), late=()):
+        """ranks: {bytes: id}. pattern: a key of PATTERNS. nfc: whether text is normalised first.
+
+        late: the added tokens that are looked for after that.
+        """
         self.encoding = tiktoken.Encoding(
             model_type,
             pat_str=PATTERNS[pattern],
@@ -59,6 +63,11 @@ class Tokenizer:
         self.ranks, self.pattern, self.nfc = ranks, pattern, nfc
         self.specials, self.model_type, self.system = specials, model_type, system
         self.known_ids = sorted({*ranks.values(), *specials.values()})
+        # what is looked for in text before it is normalised, and after: {as it stands there: name}
+        normal = _nfc if nfc else str
+        self.early = {name: name for name in specials if name and name not in late}
+        self.late = {normal(name): name for name in specials if name and name in late}
+        self.plain = frozenset(plain)
         self.missing = frozenset(b for b in range(256) if bytes([b]) not in ranks)
         self.needs_missing = re.compile(_characters_with(self.missing)) if self.missing else None
 
@@ -68,10 +77,39 @@ class Tokenizer:
         return cls(**read_tokenizer(folder))
 
     def encode(self, text):
-        """The ids of `text`, all of it taken as ordinary text."""
+        """The ids of `text`: a plain added token's own id, the rest is taken as ordinary text."""
         text = _without_half_pairs(text)
-        if self.nfc:
-            text = _nfc(text)
+        ids = []
+        for part, added in self._cut(text, self.early):
+            if added is not None:
+                ids.append(added)
+                continue
+            if self.nfc:
+                part = _nfc(part)
+            for piece, added in self._cut(part, self.late):
+                ids += self._ordinary(piece) if added is None else [added]
+        return ids
+
+    def _cut(self, text, names):
+        """`text`, cut at its plain added tokens: [(part, the token's id or None)].
+
+        Of the tokens that overlap, the one that begins first counts, the longest if several do. A
+        special token stays in the text, and what overlaps it is not looked for.
+        """
+        if self.plain.isdisjoint(names.values()):
+            return [(text, None)]
+        longest_first = sorted(names, key=len, reverse=True)
+        parts, position = [], 0
+        for match in re.finditer("|".join(map(re.escape, longest_first)), text):
+            name = names[match[0]]
+            if name in self.plain:
+                parts.append((text[position : match.start()], None))
+                parts.append((match[0], self.specials[name]))
+                position = match.end()
+        return [*parts, (text[position:], None)]
+
+    def _ordinary(self, text):
+        """The ids of `text`, all of it taken as ordinary text."""
         ids = []
         for part, is_odd in self._parts(text):
             if is_odd:

@@ -4,7 +4,7 @@ What is read is a byte-level BPE in GPT-2's alphabet, of one of the kinds that d
 a pattern for; anything else is refused by name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os.path import lexists
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class _Model:
 
     type: str = value("BPE", choices=("BPE",))
     vocab: dict[str, int] | None = value(None, low=IDS.low, high=IDS.high)
-    merges: list = value([])  # of pairs, looked at by _check_merges
+    merges: list = value([])  # of pairs, looked at by _made_by_merges
     dropout: float | None = value(None, choices=(0.0,))
     unk_token: str | None = None
     continuing_subword_prefix: str = value("", choices=("",))
@@ -53,9 +53,22 @@ class _Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _AddedToken:
-    id: int = value(low=IDS.low, high=IDS.high)
+class _Added:
+    """An added token, as tokenizer_config.json has it."""
+
     content: str = value()
+    special: bool | None = None
+    normalized: bool = False  # whether it is looked for in the normalised text
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AddedToken(_Added):
+    """The same, as tokenizer.json has it."""
+
+    id: int = value(low=IDS.low, high=IDS.high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,23 +82,41 @@ class _Whole:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Content:
-    content: str = value()
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Template:
     name: str = value()
     template: str = value()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
+class _Roles:
+    """special_tokens_map.json: the tokens with a part to play, as text or as {"content": text}."""
+
+    bos_token: object = None
+    eos_token: object = None
+    unk_token: object = None
+    pad_token: object = None
+    sep_token: object = None
+    cls_token: object = None
+    mask_token: object = None
+    additional_special_tokens: object = None
+    extra_special_tokens: object = None
+
+    def names(self):
+        """The tokens that are named."""
+        for field in fields(_Roles):
+            found = getattr(self, field.name)
+            for token in found if isinstance(found, list) else [found]:
+                name = token.get("content") if isinstance(token, dict) else token
+                if isinstance(name, str):
+                    yield name
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings(_Roles):
     """tokenizer_config.json."""
 
-    added_tokens_decoder: dict[str, _Content] = value({})
+    added_tokens_decoder: dict[str, _Added] = value({})
     chat_template: str | list[_Template] | None = None
-    bos_token: object = None
     add_prefix_space: bool = value(False, choices=(False,))
 
 
@@ -103,14 +134,18 @@ def read_tokenizer(folder):
     settings = _read_if_there(_Settings, folder / "tokenizer_config.json") or _Settings()
 
     path, vocab = _vocabulary(folder, whole)
+    roles = _read_if_there(_Roles, folder / "special_tokens_map.json") or _Roles()
     specials = _special_tokens(folder, vocab, whole, settings)
-    ranks = _ranks(path, vocab, specials)
+    plain, late = _flags(folder, whole, settings, {*settings.names(), *roles.names()})
+    made = _made_by_merges(*_merges(folder, whole), vocab, specials)
+    ranks = _ranks(path, vocab, specials, made)
     pattern, nfc = _pattern(folder / "tokenizer.json", whole, config.model_type)
-    _check_merges(*_merges(folder, whole), vocab, specials)
     _check_bytes(path, ranks, pattern, whole)
     return {
         "ranks": ranks,
         "specials": specials,
+        "plain": plain,
+        "late": late,
         "model_type": config.model_type,
         "pattern": pattern,
         "nfc": nfc,
@@ -170,8 +205,42 @@ def _special_tokens(folder, vocab, whole, settings):
     return specials
 
 
-def _ranks(path, vocab, specials):
-    """{bytes: id} of the ordinary tokens: the lower its id, the earlier a token is merged."""
+def _flags(folder, whole, settings, with_a_role):
+    """The added tokens that are not special, and those that are looked for in normalised text.
+
+    A token is special unless a file says that it is not; one with a role always is, and so are
+    ChatML's own: text from a row must never end a turn.
+    """
+    is_special = dict.fromkeys((*QWEN_SPECIAL, *with_a_role), True)
+    always = frozenset(is_special)
+    late = set()
+    tokens = [*whole.added_tokens, *settings.added_tokens_decoder.values()]
+    for token in tokens:
+        if token.normalized:
+            late.add(token.content)
+        if token.content in always or token.special is None:
+            continue
+        if is_special.setdefault(token.content, token.special) != token.special:
+            raise UserError(
+                f"{folder}: its tokenizer files differ in whether {show(token.content)} is special"
+            )
+    plain = {name for name, said in is_special.items() if not said}
+    for token in tokens:
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if token.content in plain and getattr(token, flag):
+                raise UserError(
+                    f"{folder}: the added token {show(token.content)} has '{flag}', which is "
+                    "supported for special tokens alone"
+                )
+    return plain, late
+
+
+def _ranks(path, vocab, specials, made):
+    """{bytes: id} of the ordinary tokens: the lower its id, the earlier a token is merged.
+
+    An added token is one where it is a word of the vocabulary that text can reach: a character, or
+    made by merges.
+    """
     byte_of = byte_of_character()
     ranks, owners = {}, {}
     for token, i in (vocab | specials).items():
@@ -179,7 +248,8 @@ def _ranks(path, vocab, specials):
             raise UserError(
                 f"{path}: token {show(token)} has id {i}, expected one that no other token has"
             )
-        if token in specials:
+        reached = token in vocab and (len(token) == 1 or token in made)
+        if token in specials and not reached:
             continue
         try:
             ranks[bytes(byte_of[c] for c in token)] = i
@@ -252,11 +322,14 @@ def _merges(folder, whole):
     return path, [line for line in lines if line and not line.startswith("#version")]
 
 
-def _check_merges(path, merges, vocab, specials):
-    """tiktoken merges by id, the reference library by the list of merges: one order, or refused."""
-    if merges is None:
-        return
+def _made_by_merges(path, merges, vocab, specials):
+    """The tokens that merges make; none where no file has merges.
+
+    tiktoken merges by id, the reference library by the list of merges: one order, or refused.
+    """
     made = set()
+    if merges is None:
+        return made
     last = 0
     for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
@@ -272,6 +345,7 @@ def _check_merges(path, merges, vocab, specials):
     for token in vocab:
         if len(token) > 1 and token not in specials and token not in made:
             raise UserError(f"{path}: no merge makes the token {show(token)} of the vocabulary")
+    return made
 
 
 def _check_bytes(path, ranks, pattern, whole):

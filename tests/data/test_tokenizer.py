@@ -1,5 +1,6 @@
 """The ids of the reference library on every text, from either file; no special token from text."""
 
+import json
 import os
 import random
 import time
@@ -165,6 +166,75 @@ def test_special_tokens_never_come_from_text(pair):
             assert ours.special(name) in theirs(text)["input_ids"]
             assert not set(ours.encode(text)) & set(ours.specials.values())
             assert ours.decode(ours.encode(text)) == text
+
+
+# Added tokens: content, flags. Some overlap, some begin alike, some are changed by the normal form.
+ADDED = [
+    ("<think>", {}),
+    ("</think>", {}),
+    ("<|fim|>", {}),
+    ("<|fim", {}),
+    ("fim|>!", {}),
+    ("<t", {"special": True}),
+    ("<|fim|>\n\n", {"special": True, "lstrip": True}),
+    ("m|> a", {"normalized": True}),
+    ("e\u0301x", {"normalized": True}),
+    ("<s>", {"normalized": True}),
+    ("stop", {"special": True, "normalized": True}),
+]
+
+
+def make_pair_with_added(model_type, added, folder, words=()):
+    """(ours, theirs) with added tokens behind the vocabulary; words: tokens of it that are added.
+
+    Of each a pair: its content and the flags that are not false.
+    """
+    files = files_of(reference(model_type), "tokenizer.json")
+    whole = json.loads(json.dumps(files["tokenizer.json"]))
+    flags = dict.fromkeys(["special", "single_word", "lstrip", "rstrip", "normalized"], False)
+    first = 1 + max(token["id"] for token in whole["added_tokens"])
+    numbered = [(whole["model"]["vocab"][content], content, more) for content, more in words]
+    numbered += [(first + i, content, more) for i, (content, more) in enumerate(added)]
+    for i, content, more in numbered:
+        whole["added_tokens"].append({"id": i, "content": content, **flags, **more})
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    files = {"tokenizer.json": whole, "tokenizer_config.json": settings}
+    write_folder(folder, files, model_type)
+    return Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen2", "llama"])
+def test_an_added_token_that_is_not_special_has_its_id_in_text(tmp_path, model_type):
+    """Wherever it stands: which one of those that overlap, and before or after normalising."""
+    ours, theirs = make_pair_with_added(model_type, ADDED, tmp_path)
+    assert ours.special("<think>") in ours.encode("a<think>b")
+    assert ours.special("stop") not in ours.encode("stop")
+    parts = [name for name, _ in ADDED] + ["\u0338", "\u0301", "é", "x", " ", "\n", "!", "<", "a"]
+    r = random.Random(0)
+    for _ in range(500):
+        text = "".join(r.choices([*parts, "fim", "|>", r.choice(PIECES)], k=r.randrange(12)))
+        assert ours.encode(text) == ids_of(theirs, text), ascii(text)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_word_of_the_vocabulary_that_is_added_too_keeps_its_id(tmp_path, special):
+    vocab = reference("qwen2").get_vocab()
+    letters = [word for word in vocab if word.isascii() and word.isalpha() and len(word) > 1]
+    words = [".", *letters[:5]]
+    flags = {"special": special}
+    ours, theirs = make_pair_with_added("qwen2", [], tmp_path, [(word, flags) for word in words])
+    for text in (*words, " ".join(words), "".join(words), f"a{words[1]}b {words[2]}.", TEXT):
+        assert ours.encode(text) == ids_of(theirs, text)
+
+
+def test_turns_end_by_no_text_even_where_the_file_says_that_their_tokens_are_not_special(tmp_path):
+    files = files_of(reference("qwen2"), "tokenizer.json")
+    whole = json.loads(json.dumps(files["tokenizer.json"]))
+    for token in whole["added_tokens"]:
+        token["special"] = False
+    ours = Tokenizer.from_folder(write_folder(tmp_path, {"tokenizer.json": whole}))
+    text = "a<|im_end|>\n<|im_start|>b<|endoftext|>"
+    assert ours.encode(text) == ids_of(reference("qwen2"), text)
 
 
 def test_known_ids_are_what_decodes(pair):

@@ -1,7 +1,8 @@
 """What is read from a checkpoint's tokenizer files, and what ends in one line."""
 
 import pytest
-from tokenizer_files import BYTES, SPECIAL, files_of, reference, write_folder
+from tokenizer_files import BYTES, SPECIAL, files_of, ids_of, reference, write_folder
+from transformers import AutoTokenizer
 
 from data.tokenizer import Tokenizer
 from support.errors import UserError
@@ -25,6 +26,28 @@ def test_special_tokens_are_found_wherever_they_are_named(tmp_path):
         tokenizer = Tokenizer.from_folder(write_folder(tmp_path / str(i), files))
         assert tokenizer.specials == ids and tokenizer.known_ids == list(range(260))
         assert not set(tokenizer.encode("".join(names))) & set(ids.values())
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"eos_token": "<think>"},
+        {"pad_token": {"content": "<think>", "__type": "AddedToken"}},
+        {"additional_special_tokens": ["<tool>", "<think>"]},
+        {"extra_special_tokens": ["<think>"]},
+        {"mask_token": "<think>"},
+    ],
+    ids=str,
+)
+def test_a_token_with_a_part_to_play_is_special_whatever_its_flag(tmp_path, file, names):
+    files = with_think()
+    files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    files[file] = {**files.get(file, {}), **names}
+    ours = Tokenizer.from_folder(write_folder(tmp_path, files))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "a<think>b"
+    assert ours.encode(text) == ids_of(theirs, text) == ids_of(reference("qwen2"), text)
 
 
 def test_special_ids_are_assumed_for_qwens_vocabulary_alone(tmp_path):
@@ -55,6 +78,13 @@ def with_parts(model_type, **changes):
 def with_model(model_type, **changes):
     whole = files_of(reference(model_type), "tokenizer.json")["tokenizer.json"]
     return {"tokenizer.json": {**whole, "model": {**whole["model"], **changes}}}
+
+
+def with_think(**flags):
+    """An added token that is not special."""
+    added = files_of(reference("qwen2"), "tokenizer.json")["tokenizer.json"]["added_tokens"]
+    think = {"content": "<think>", "id": 2503, "special": False, **flags}
+    return with_parts("qwen2", added_tokens=[*added, think])
 
 
 def settings(**values):
@@ -121,6 +151,12 @@ UNUSABLE = [
     ({"vocab.json": BYTES, "tokenizer.json": {"added_tokens": [{"id": 256}]}},
      "tokenizer.json: no 'added_tokens[0].content', expected text"),
     ({"vocab.json": BYTES, "tokenizer.json": {"added_tokens": [7]}}, "'added_tokens[0]' is 7"),
+    (with_think(lstrip=True), "the added token '<think>' has 'lstrip', which is supported"),
+    (with_think(rstrip=True), "the added token '<think>' has 'rstrip', which is supported"),
+    (with_think(single_word=True), "the added token '<think>' has 'single_word', which is"),
+    (with_think() | {"tokenizer_config.json": {
+        "added_tokens_decoder": {"2503": {"content": "<think>", "special": True}}}},
+     "its tokenizer files differ in whether '<think>' is special"),
     (settings(added_tokens_decoder={"x": {"content": "y"}}), "has the id 'x'"),
     (settings(added_tokens_decoder={"9" * 5000: {"content": "y"}}), "has the id '999"),
     (settings(added_tokens_decoder=[]), "'added_tokens_decoder' is [], expected an object"),
