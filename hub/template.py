@@ -10,7 +10,8 @@ down a default system turn,
 
 which cover Qwen2, Qwen2.5, SmolLM2 and what fine-tuning tools write. With none of them there is no
 default system turn, as in Qwen3. A template is refused where that cannot be told: it is no ChatML,
-it has two different defaults, or one in a form that is neither of these.
+it has two different defaults, or one in a form that is neither of these; and where it strips
+contents or writes other special tokens. What else it may do to a turn's text is not seen.
 """
 
 import re
@@ -22,10 +23,27 @@ from support.schema import show
 STRING = r"'(?:[^'\\]|\\.)*'" + r'|"(?:[^"\\]|\\.)*"'
 OPENING = re.compile(r"\{[{%#]")
 CLOSING = {"{{": "}}", "{%": "%}", "{#": "#}"}
+LITERAL = re.compile(STRING, re.DOTALL)
 IN_CODE = re.compile(rf"{STRING}|\}}\}}|%\}}|['\"]", re.DOTALL)  # the last: of no whole string
 JOINED = re.compile(r"\s*[+~]\s*")  # between two strings that make one
 SYSTEM_TURN = re.compile(r"<\|im_start\|>system\n((?:(?!<\|im_).)*)<\|im_end\|>", re.DOTALL)
+OTHER_TOKEN = re.compile(r"<\|(?!im_start\|>|im_end\|>)\w+\|>")
+NO_NEWLINE = re.compile(r"<\|im_end\|>[^\n]")
+NOT_PLAIN = re.compile(r"\beos_token\b|\|\s*trim\b|\.[lr]?strip\(\s*\)")
+OPENING_TURN = "<|im_start|>system\n"
+# From there to what is written next: in the same expression, or in the next one.
+GOES_ON = re.compile(r"\s*(?:[+~]|(?:-?\}\})?\s*(?:\{%[^%]*%\}\s*)*\{\{-?)\s*")
+ITS_TEXT = re.compile(r"[\w.\[\]'\"]*?(?:content|system)")
 SET = re.compile(r"[-+]?\s*set\s+(\w+)\s*=\s*[-+]?\s*$")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Plain text, or a string of the code: the text, and from where to where it stands."""
+
+    text: str
+    start: int
+    end: int
 
 
 def default_system(template, where):
@@ -43,21 +61,52 @@ def default_system(template, where):
     except ValueError as e:
         raise UserError(f"{where}: the chat template can't be read ({e})") from None
 
-    turns = [turn for text in texts + strings for turn in SYSTEM_TURN.findall(text)]
+    turns = [turn for piece in texts + strings for turn in SYSTEM_TURN.findall(piece.text)]
     defaults = sorted({*turns, *variables})
     if len(defaults) > 1:
         raise UserError(
             f"{where}: the chat template has {len(defaults)} default system turns "
             f"({show(defaults)}), expected at most one"
         )
-    unexplained = [s for s in strings if s.startswith("You are") and s.strip() not in defaults]
+    sayings = [piece.text for piece in strings if piece.text.startswith("You are")]
+    unexplained = [saying for saying in sayings if saying.strip() not in defaults]
     if unexplained or "" in variables:
         text = unexplained[0] if unexplained else ""
         raise UserError(
             f"{where}: the chat template says {show(text)} in a form that is not supported, "
             "expected the default system turn as one string or none"
         )
+    for piece in texts + strings:
+        _check_system_turn(piece, template, defaults, where)
+    written = [piece.text for piece in texts + strings]
+    odd = [OTHER_TOKEN.search(text) or NO_NEWLINE.search(text) for text in written]
+    for found in (*odd, NOT_PLAIN.search(template)):
+        if found:
+            raise UserError(
+                f"{where}: the chat template has {show(found[0])}, expected plain ChatML: "
+                "<|im_start|>role, a newline, the content as it is, <|im_end|>, a newline"
+            )
     return defaults[0] if defaults else None
+
+
+def _check_system_turn(piece, template, defaults, where):
+    """UserError where the piece opens a system turn whose text can't be told."""
+    _, opening, rest = SYSTEM_TURN.sub("", piece.text).partition(OPENING_TURN)
+    if not opening:
+        return
+    if not rest:  # what follows in the template must be the text
+        link = GOES_ON.match(template, piece.end)
+        begin = link.end() if link else piece.end
+        literal = LITERAL.match(template, begin)
+        if ITS_TEXT.match(template, begin):
+            return
+        if literal and _unescaped(literal[0][1:-1]) in defaults:
+            return
+        rest = template[begin : begin + 40]
+    raise UserError(
+        f"{where}: the chat template opens a system turn and goes on with {show(rest)}, expected a "
+        "message's content, or the default turn as one string"
+    )
 
 
 def _parts(template):
@@ -68,7 +117,7 @@ def _parts(template):
     texts, strings, variables = [], [], []
     position = 0
     while (opening := OPENING.search(template, position)) is not None:
-        texts.append(template[position : opening.start()])
+        texts.append(_Piece(template[position : opening.start()], position, opening.start()))
         position = opening.end()
         if opening[0] == "{#":
             position = _end_of_comment(template, position)
@@ -80,9 +129,9 @@ def _parts(template):
             if rest.strip(" \t\r\n-+"):
                 raise ValueError("a system variable is set to more than a string")
             variables.append(inside[0].text)
-        strings += [string.text for string in inside]
+        strings += inside
         position = end
-    texts.append(template[position:])
+    texts.append(_Piece(template[position:], position, len(template)))
     return texts, strings, variables
 
 
@@ -91,15 +140,6 @@ def _end_of_comment(template, position):
     if end < 0:
         raise ValueError("a comment has no end")
     return end + 2
-
-
-@dataclass(frozen=True)
-class _String:
-    """A string of the template's code: its text, and where in the template it stands."""
-
-    text: str
-    start: int
-    end: int
 
 
 def _strings(template, position, closing):
@@ -118,9 +158,9 @@ def _strings(template, position, closing):
             continue
         text = _unescaped(match[0][1:-1])
         if found and JOINED.fullmatch(template, found[-1].end, match.start()):
-            found[-1] = _String(found[-1].text + text, found[-1].start, match.end())
+            found[-1] = _Piece(found[-1].text + text, found[-1].start, match.end())
         else:
-            found.append(_String(text, *match.span()))
+            found.append(_Piece(text, *match.span()))
 
 
 def _unescaped(literal):

@@ -149,7 +149,7 @@ def read_tokenizer(folder):
         "model_type": config.model_type,
         "pattern": pattern,
         "nfc": nfc,
-        "system": _system(folder, settings, config.model_type),
+        "system": _system(folder, settings, roles, config.model_type),
     }
 
 
@@ -364,7 +364,7 @@ def _check_bytes(path, ranks, pattern, whole):
         )
 
 
-def _system(folder, settings, model_type):
+def _system(folder, settings, roles, model_type):
     """The default system turn of the folder's chat template, or None."""
     if model_type == "gpt2":
         return None  # its chat form is ours
@@ -381,7 +381,8 @@ def _system(folder, settings, model_type):
         template = named["default"]
     if not template:
         return QWEN2_SYSTEM if model_type == "qwen2" else None
-    if "bos_token" in template and settings.bos_token is not None:
+    has_bos = settings.bos_token is not None or roles.bos_token is not None
+    if "bos_token" in template and has_bos:
         raise UserError(
             f"{where}: the chat template writes the bos_token, which is not supported in ChatML"
         )

@@ -57,6 +57,9 @@ def test_the_templates_differ():
     assert found["Qwen2"] == found["fine-tune"] == found["added up"]
 
 
+OPENS = "{{ '<|im_start|>system\\n' }}"
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -71,6 +74,19 @@ def test_the_templates_differ():
         (PLAIN_CHATML + "{% if", "a statement has no %}"),
         (PLAIN_CHATML + "{# if", "a comment has no end"),
         (PLAIN_CHATML + "{{ '\\x9' }}", "can't be read ("),
+        (OPENS + "{{ 'Be helpful.' }}{{ '<|im_end|>\\n' }}", "goes on with \"'Be helpful.'"),
+        (
+            "{% set default_prompt = 'Be helpful.' %}{{ '<|im_start|>system\\n' + default_prompt + "
+            "'<|im_end|>\\n' }}",
+            "goes on with \"default_prompt + ",
+        ),
+        ("<|im_start|>system\nKnowledge: {{ 'June 2025' }}<|im_end|>\n", "goes on with 'Knowledge"),
+        ("<|endoftext|>" + PLAIN_CHATML, "has '<|endoftext|>'"),
+        (PLAIN_CHATML.replace("['role'] + '\\n'", "['role'] + '<|im_sep|>'"), "has '<|im_sep|>'"),
+        (PLAIN_CHATML.replace("'<|im_end|>' + '\\n'", "'<|im_end|>' + ' '"), "has '<|im_end|> '"),
+        (PLAIN_CHATML.replace("['content']", "['content'] | trim"), "has '| trim'"),
+        (PLAIN_CHATML.replace("['content']", "['content'].strip()"), "has '.strip()'"),
+        (PLAIN_CHATML.replace("'\\n'}}", "'\\n' + eos_token}}"), "has 'eos_token'"),
     ],
 )  # fmt: skip
 def test_a_template_that_cannot_be_told_is_refused_in_one_line(template, message):

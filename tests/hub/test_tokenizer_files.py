@@ -164,6 +164,8 @@ UNUSABLE = [
     (settings(chat_template=[{"name": "tool_use", "template": CHATML}]), "no template 'default'"),
     (settings(chat_template=[7]), "'chat_template[0]' is 7, expected an object"),
     (settings(chat_template="{{ bos_token }}" + CHATML, bos_token="<s>"), "writes the bos_token"),
+    (settings(chat_template="{{ bos_token }}" + CHATML)
+     | {"special_tokens_map.json": {"bos_token": "<s>"}}, "writes the bos_token"),
     (settings(chat_template="{{ messages }}"), "the chat template is no ChatML"),
 ]  # fmt: skip
 
