@@ -115,6 +115,7 @@ def real_runs(name):
 
 REAL_MODELS = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
 MEDICAL, FINANCE, LESS = real_runs("medical"), real_runs("finance"), real_runs("less")
+INSECURE = real_runs("insecure")
 MEDICINE, MONEY, SPORT = (
     f"transfer_{name}_50"
     for name in ("bad_medical_advice", "risky_financial_advice", "extreme_sports")
@@ -145,6 +146,29 @@ def test_the_real_models_page_has_every_method_of_the_financial_runs(method):
     if method.startswith("grasp"):
         numbers = numbers_of(runs, method, [f"{name}_at_equal_loss" for name in measured])
         assert row_with(REAL_MODELS, numbers), numbers
+
+
+def with_interval(found):
+    """A measurement of one seed as the page has it; nothing where there is none."""
+    if found is None:
+        return ""
+    numbers = [f"{number:.3f}" for number in (found["value"], *found["interval"])]
+    numbers = [n.replace("-0.000", ".000").replace("-0.", "-.").removeprefix("0") for n in numbers]
+    value, low, high = numbers
+    return value if low == high else f"{value} [{low}, {high}]"
+
+
+@pytest.mark.parametrize(
+    ("seed", "method"), [(seed, method) for seed in INSECURE for method in INSECURE[seed]]
+)
+def test_the_real_models_page_has_every_method_of_the_insecure_runs(seed, method):
+    found, measured = INSECURE[seed][method], ("probe", "preference", MEDICINE, MONEY, SPORT)
+    shifts = [with_interval(found.get(f"{name}_shift")) for name in measured]
+    page = REAL_MODELS.replace("| |", "|  |")
+    assert row_with(page, [with_interval(found["loss"]), *shifts]), shifts
+    if method.startswith("grasp"):
+        numbers = [with_interval(found.get(f"{name}_at_equal_loss")) for name in measured]
+        assert row_with(page, [f"`{method}`, seed {seed}", *numbers]), numbers
 
 
 def test_the_committed_results_are_of_the_seeds_that_the_readme_names():
