@@ -115,7 +115,7 @@ def real_runs(name):
 
 REAL_MODELS = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
 MEDICAL, FINANCE, LESS = real_runs("medical"), real_runs("finance"), real_runs("less")
-INSECURE = real_runs("insecure")
+INSECURE, BASELINES, LONG = real_runs("insecure"), real_runs("baselines"), real_runs("long")
 MEDICINE, MONEY, SPORT = (
     f"transfer_{name}_50"
     for name in ("bad_medical_advice", "risky_financial_advice", "extreme_sports")
@@ -146,6 +146,25 @@ def test_the_real_models_page_has_every_method_of_the_financial_runs(method):
     if method.startswith("grasp"):
         numbers = numbers_of(runs, method, [f"{name}_at_equal_loss" for name in measured])
         assert row_with(REAL_MODELS, numbers), numbers
+
+
+@pytest.mark.parametrize("method", BASELINES["1"])
+def test_the_real_models_page_has_every_baseline(method):
+    runs = [run for run in BASELINES.values() if method in run]
+    beyond = [f"{name}_beyond_control" for name in ("probe", MONEY, SPORT)]
+    numbers = numbers_of(runs, method, ["loss", *beyond])
+    if method == "naive_quarter":  # a part of the curve that the others are held against
+        numbers += ["", "", ""]
+    else:
+        numbers += numbers_of(runs, method, AT_EQUAL_LOSS)
+    assert row_with(REAL_MODELS.replace("| |", "|  |").replace("| |", "|  |"), numbers), numbers
+
+
+@pytest.mark.parametrize("method", [method for method in LONG["1"] if method != "base"])
+def test_the_real_models_page_has_every_length_of_training(method):
+    found = LONG["1"][method]
+    shifts = [with_interval(found[f"{name}_shift"]) for name in ("probe", MONEY, SPORT)]
+    assert row_with(REAL_MODELS, [with_interval(found["loss"]), *shifts]), shifts
 
 
 def with_interval(found):
