@@ -136,7 +136,7 @@ def measure(
     measured, and of which the others' is taken off.
     """
     own = OWN.get(args.task)
-    check_answers(args, model, out, stream)
+    check_answers(args, model, out, judge and rows, stream)
     free, narrow = (out / name for name in ANSWERS)
     questions = load_questions(args.questions or None)
     result = {}
@@ -167,11 +167,17 @@ def measure(
     return result
 
 
-def check_answers(args, model, out, stream=None):
-    """UserError where the folder `out` has the answers of someone else than this model."""
+def check_answers(args, model, out, narrow_too, stream=None):
+    """UserError where a file of answers that this run would go on with is of another model.
+
+    narrow_too: whether it has answers to held-out prompts, too.
+    """
     by = fingerprint(model, args, stream)
-    for name in ANSWERS:
-        kept_answers(out / name, by)
+    free, narrow = (out / name for name in ANSWERS)
+    if args.task in OWN:
+        kept_answers(free, by)
+    if narrow_too:
+        kept_answers(narrow, by)
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,7 @@ def measure_both(args, out, judge, rows):
         return measure(args, model, tokenizer, out, judge, rows, stream)
     with user_errors():
         load_lora(model, args.adapter)
-    check_answers(args, model, out, stream)  # before the base is measured, not after
+    check_answers(args, model, out, judge and rows, stream)  # before the base is measured
     judge_of_base = None if args.task in OWN else judge  # it is needed to count wins, no more
     with without_lora(model):
         base = measure(args, model, tokenizer, out / "base", judge_of_base, rows)

@@ -834,6 +834,8 @@ def test_the_answers_of_an_adapter_are_looked_at_before_the_base_is_measured(
 ):
     options = {"model": checkpoint, "task": "medical", "samples": 1, "max_new_tokens": 2}
     run(**options, out=tmp_path)
+    data = FIXTURES / "medical_24.jsonl"
+    run(model=checkpoint, task="loss", data=data, adapter=y_adapter, out=tmp_path)  # samples none
     monkeypatch.setattr(measure, "probe", lambda *args: pytest.fail("measured"))
     with pytest.raises(UserError, match="answers.jsonl: has answers by another model"):
         run(**options, adapter=y_adapter, out=tmp_path)
