@@ -425,7 +425,7 @@ def main(argv=None):
     check_settings(args, out)
     load_questions(args.questions or None)  # a fault in the file ends the run here
     judge = connect(args, out)
-    files = (args.questions, args.control, *args.transfer, *args.preference)
+    files = (args.questions, *args.transfer, *args.preference)  # settings.json has the control
     config = {
         "questions": args.questions,
         "samples": args.samples,
