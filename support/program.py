@@ -43,7 +43,7 @@ def run(main, processes=None):
     except UserError as e:
         end(f"error: {e}")
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, while Python ends
+        ignore_signals()
         print(
             "interrupted: what was finished is on disk; the same command goes on from there "
             "(train.py: with --resume)",
@@ -66,6 +66,7 @@ def run(main, processes=None):
 
 def end(how):
     """End the program with an exit code, or with a text, one line whatever is in it, and code 1."""
+    ignore_signals()
     try:
         sys.stdout.flush()
     except OSError:  # a closed pipe, a full disk: Python would try again at its end, and complain
@@ -73,6 +74,12 @@ def end(how):
     if isinstance(how, str):
         how = "".join(c if c.isprintable() else repr(c)[1:-1] for c in how)
     sys.exit(how)
+
+
+def ignore_signals():
+    """Let no further Ctrl-C or kill, as torchrun sends one, end the program in a traceback."""
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
 
 
 def seed_everything(seed):

@@ -1,6 +1,7 @@
 """Two processes on the CPU, as torchrun starts them, train what one does."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -172,8 +173,9 @@ def test_after_a_killed_process_resume_goes_on_bit_for_bit(options, two, tmp_pat
     arguments = (*options, "--method", "grasp_online", "--out", tmp_path / "out")
     done = torchrun(tmp_path / "dies.py", *arguments)
     assert done.returncode != 0
-    assert "error: another process of this run has gone" in done.stderr
-    assert "--resume" in done.stderr
+    # torchrun sends a kill as well, which may come first
+    said = "error: another process of this run has gone|interrupted: what was finished is on disk"
+    assert re.search(said, done.stderr) and "--resume" in done.stderr
     state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
     assert len(state["losses"]) == 14 and len(state["looks"]) == 1
     done = torchrun("train.py", *arguments, "--resume")

@@ -1,6 +1,7 @@
 """How a program ends: one line where a user can mend it, a traceback where it is ours."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -83,6 +84,21 @@ def test_a_kill_is_as_ctrl_c():
     with pytest.raises(SystemExit) as end:
         run(main)
     assert end.value.code == 130
+
+
+@pytest.mark.parametrize("error", [UserError("file: what was wrong"), KeyboardInterrupt()])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_kill_while_the_program_ends_changes_nothing(error, sent):
+    """As torchrun sends one to a process that has just said that another is gone."""
+    expected = ending(error)
+
+    class Killed(io.StringIO):
+        def flush(self):
+            os.kill(os.getpid(), sent)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", Killed())
+        assert ending(error) == expected
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
