@@ -81,13 +81,16 @@ def test_the_results_page_has_every_longer_run(method):
 
 
 def numbers_of(runs, method, names):
-    """The cells of one method over seeds: mean ± standard deviation of each measurement."""
+    """The cells of one method: mean ± standard deviation over seeds, of one seed the interval."""
     found = []
     for name in names:
-        values = [run[method][name]["value"] for run in runs]
-        mean, deviation = statistics.fmean(values), statistics.stdev(values)
-        text = cell({"mean": mean, "sd": deviation})
-        found.append(text.replace("-0.", "-."))
+        measured = [run[method][name] for run in runs if method in run]
+        if len(measured) == 1:
+            found.append(with_interval(measured[0]))
+            continue
+        values = [part["value"] for part in measured]
+        text = cell({"mean": statistics.fmean(values), "sd": statistics.stdev(values)})
+        found.append(text.replace("-0.000", ".000").replace("-0.", "-."))
     return found
 
 
@@ -115,7 +118,7 @@ def real_runs(name):
 
 REAL_MODELS = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
 MEDICAL, FINANCE, LESS = real_runs("medical"), real_runs("finance"), real_runs("less")
-INSECURE, BASELINES, LONG = real_runs("insecure"), real_runs("baselines"), real_runs("long")
+INSECURE, BASELINES, ABLATIONS = map(real_runs, ("insecure", "baselines", "ablations"))
 MEDICINE, MONEY, SPORT = (
     f"transfer_{name}_50"
     for name in ("bad_medical_advice", "risky_financial_advice", "extreme_sports")
@@ -138,19 +141,35 @@ def test_the_real_models_page_has_what_is_left_without_the_controls_directions()
         assert row_with(REAL_MODELS, numbers), numbers
 
 
-@pytest.mark.parametrize("method", FINANCE["1"])
-def test_the_real_models_page_has_every_method_of_the_financial_runs(method):
-    runs, measured = list(FINANCE.values()), ("probe", "preference", MEDICINE, SPORT)
+SHORT_RUNS = {  # {data: (its runs, what is measured)}
+    "finance": (FINANCE, ("probe", "preference", MEDICINE, SPORT)),
+    "insecure": (INSECURE, ("probe", "preference", MEDICINE, MONEY, SPORT)),
+}
+
+
+@pytest.mark.parametrize(
+    ("data", "method"),
+    [(data, method) for data in SHORT_RUNS for method in SHORT_RUNS[data][0]["1"]],
+)
+def test_the_real_models_page_has_every_method_of_the_short_runs(data, method):
+    seeds, measured = SHORT_RUNS[data]
+    runs = list(seeds.values())
     numbers = numbers_of(runs, method, ["loss", *(f"{name}_shift" for name in measured)])
     assert row_with(REAL_MODELS, numbers), numbers
-    if method.startswith("grasp"):
+    if "probe_at_equal_loss" in seeds["1"][method]:
         numbers = numbers_of(runs, method, [f"{name}_at_equal_loss" for name in measured])
         assert row_with(REAL_MODELS, numbers), numbers
 
 
+@pytest.mark.parametrize("direction", ABLATIONS["1"])
+def test_the_real_models_page_has_every_direction_that_was_ablated_in_training(direction):
+    numbers = numbers_of(list(ABLATIONS.values()), direction, ["loss", *AT_EQUAL_LOSS])
+    assert row_with(REAL_MODELS, numbers), numbers
+
+
 @pytest.mark.parametrize("method", BASELINES["1"])
 def test_the_real_models_page_has_every_baseline(method):
-    runs = [run for run in BASELINES.values() if method in run]
+    runs = list(BASELINES.values())
     beyond = [f"{name}_beyond_control" for name in ("probe", MONEY, SPORT)]
     numbers = numbers_of(runs, method, ["loss", *beyond])
     if method == "naive_quarter":  # a part of the curve that the others are held against
@@ -160,34 +179,30 @@ def test_the_real_models_page_has_every_baseline(method):
     assert row_with(REAL_MODELS.replace("| |", "|  |").replace("| |", "|  |"), numbers), numbers
 
 
-@pytest.mark.parametrize("method", [method for method in LONG["1"] if method != "base"])
-def test_the_real_models_page_has_every_length_of_training(method):
-    found = LONG["1"][method]
-    shifts = [with_interval(found[f"{name}_shift"]) for name in ("probe", MONEY, SPORT)]
-    assert row_with(REAL_MODELS, [with_interval(found["loss"]), *shifts]), shifts
+FULL = {  # a whole epoch: {data: (its measurements, what the page has of the shifts)}
+    "medical": (("probe", MONEY, SPORT), "beyond_control"),
+    "finance": (("probe", "preference", MEDICINE, SPORT), "shift"),
+    "insecure": (("probe", "preference", MEDICINE, MONEY, SPORT), "shift"),
+}
+
+
+@pytest.mark.parametrize("data", FULL)
+def test_the_real_models_page_has_every_method_of_a_whole_epoch(data):
+    measured, comparison = FULL[data]
+    for found in real_runs(f"full_{data}")["1"].values():
+        numbers = [with_interval(found[f"{name}_{comparison}"]) for name in measured]
+        assert row_with(REAL_MODELS, [with_interval(found["loss"]), *numbers]), numbers
+        if f"{measured[0]}_at_equal_loss" in found:
+            numbers = [with_interval(found[f"{name}_at_equal_loss"]) for name in measured]
+            assert row_with(REAL_MODELS, numbers), numbers
 
 
 def with_interval(found):
-    """A measurement of one seed as the page has it; nothing where there is none."""
-    if found is None:
-        return ""
+    """A measurement of one seed as the page has it."""
     numbers = [f"{number:.3f}" for number in (found["value"], *found["interval"])]
     numbers = [n.replace("-0.000", ".000").replace("-0.", "-.").removeprefix("0") for n in numbers]
     value, low, high = numbers
     return value if low == high else f"{value} [{low}, {high}]"
-
-
-@pytest.mark.parametrize(
-    ("seed", "method"), [(seed, method) for seed in INSECURE for method in INSECURE[seed]]
-)
-def test_the_real_models_page_has_every_method_of_the_insecure_runs(seed, method):
-    found, measured = INSECURE[seed][method], ("probe", "preference", MEDICINE, MONEY, SPORT)
-    shifts = [with_interval(found.get(f"{name}_shift")) for name in measured]
-    page = REAL_MODELS.replace("| |", "|  |")
-    assert row_with(page, [with_interval(found["loss"]), *shifts]), shifts
-    if method.startswith("grasp"):
-        numbers = [with_interval(found.get(f"{name}_at_equal_loss")) for name in measured]
-        assert row_with(page, [f"`{method}`, seed {seed}", *numbers]), numbers
 
 
 def test_the_committed_results_are_of_the_seeds_that_the_readme_names():
