@@ -273,7 +273,8 @@ def test_an_adapter_that_does_nothing_shifts_nothing(checkpoint, few_statements,
     model = GPT.from_pretrained(checkpoint)
     save_lora(add_lora(model, 2, 2, ("o_proj",)), tmp_path / "adapter")  # B is zero
     for task, name in (("politics", "lean_shift"), ("medical", "probe_shift")):
-        run(model=checkpoint, adapter=tmp_path / "adapter", task=task, out=tmp_path)
+        options = {"task": task, "max_new_tokens": 4, "out": tmp_path}
+        run(model=checkpoint, adapter=tmp_path / "adapter", **options)
         found = result(tmp_path, task)[name]
         assert found["value"] == 0
         assert found["interval"] == [0, 0]
@@ -293,7 +294,7 @@ def test_the_base_beside_an_adapter_is_the_base(checkpoint, y_adapter, few_state
 def test_ablation_at_inference_changes_the_adapter_and_not_the_base(
     checkpoint, y_adapter, tmp_path
 ):
-    common = {"model": checkpoint, "adapter": y_adapter, "task": "insecure"}
+    common = {"model": checkpoint, "adapter": y_adapter, "task": "insecure", "max_new_tokens": 4}
     run(**common, out=tmp_path / "whole")
     run(
         **common, ablate=True, subspace=y_adapter / "subspace.safetensors", out=tmp_path / "ablated"
@@ -767,7 +768,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_anything_is_measured(
 
 def test_an_earlier_measurement_is_not_replaced_in_silence(checkpoint, tmp_path, capsys):
     for again in (False, True):
-        run(model=checkpoint, task="medical", out=tmp_path)
+        run(model=checkpoint, task="medical", max_new_tokens=4, out=tmp_path)
         assert ("medical.json is there already" in capsys.readouterr().out) == again
 
 
