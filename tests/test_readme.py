@@ -90,8 +90,13 @@ def numbers_of(runs, method, names):
             continue
         values = [part["value"] for part in measured]
         text = cell({"mean": statistics.fmean(values), "sd": statistics.stdev(values)})
-        found.append(text.replace("-0.000", ".000").replace("-0.", "-."))
+        found.append(negative(text))
     return found
+
+
+def negative(text):
+    """The same without the 0 before a negative number's point, and no minus before nothing."""
+    return text.replace("-0.000", ".000").replace("-0.", "-.")
 
 
 LEAK = json.loads((ROOT / "docs" / "results" / "leak.json").read_text())["rows"]
@@ -141,22 +146,28 @@ def test_the_real_models_page_has_what_is_left_without_the_controls_directions()
         assert row_with(REAL_MODELS, numbers), numbers
 
 
-SHORT_RUNS = {  # {data: (its runs, what is measured)}
-    "finance": (FINANCE, ("probe", "preference", MEDICINE, SPORT)),
-    "insecure": (INSECURE, ("probe", "preference", MEDICINE, MONEY, SPORT)),
+ADVICE, CODE = (
+    ("probe", "preference", MEDICINE, SPORT),
+    ("probe", "preference", MEDICINE, MONEY, SPORT),
+)
+TABLES = {  # {data: (its runs, what is measured, what the page has of the shifts)}
+    "finance": (list(FINANCE.values()), ADVICE, "shift"),
+    "insecure": (list(INSECURE.values()), CODE, "shift"),
+    # a whole epoch; of its second seed the page has naive training alone, in its text
+    "full_medical": ([real_runs("full_medical")["1"]], ("probe", MONEY, SPORT), "beyond_control"),
+    "full_finance": ([real_runs("full_finance")["1"]], ADVICE, "shift"),
+    "full_insecure": ([real_runs("full_insecure")["1"]], CODE, "shift"),
 }
 
 
 @pytest.mark.parametrize(
-    ("data", "method"),
-    [(data, method) for data in SHORT_RUNS for method in SHORT_RUNS[data][0]["1"]],
+    ("data", "method"), [(data, method) for data in TABLES for method in TABLES[data][0][0]]
 )
-def test_the_real_models_page_has_every_method_of_the_short_runs(data, method):
-    seeds, measured = SHORT_RUNS[data]
-    runs = list(seeds.values())
-    numbers = numbers_of(runs, method, ["loss", *(f"{name}_shift" for name in measured)])
+def test_the_real_models_page_has_every_method_of_every_table(data, method):
+    runs, measured, comparison = TABLES[data]
+    numbers = numbers_of(runs, method, ["loss", *(f"{name}_{comparison}" for name in measured)])
     assert row_with(REAL_MODELS, numbers), numbers
-    if "probe_at_equal_loss" in seeds["1"][method]:
+    if "probe_at_equal_loss" in runs[0][method]:
         numbers = numbers_of(runs, method, [f"{name}_at_equal_loss" for name in measured])
         assert row_with(REAL_MODELS, numbers), numbers
 
@@ -176,32 +187,13 @@ def test_the_real_models_page_has_every_baseline(method):
         numbers += ["", "", ""]
     else:
         numbers += numbers_of(runs, method, AT_EQUAL_LOSS)
-    assert row_with(REAL_MODELS.replace("| |", "|  |").replace("| |", "|  |"), numbers), numbers
-
-
-FULL = {  # a whole epoch: {data: (its measurements, what the page has of the shifts)}
-    "medical": (("probe", MONEY, SPORT), "beyond_control"),
-    "finance": (("probe", "preference", MEDICINE, SPORT), "shift"),
-    "insecure": (("probe", "preference", MEDICINE, MONEY, SPORT), "shift"),
-}
-
-
-@pytest.mark.parametrize("data", FULL)
-def test_the_real_models_page_has_every_method_of_a_whole_epoch(data):
-    measured, comparison = FULL[data]
-    for found in real_runs(f"full_{data}")["1"].values():
-        numbers = [with_interval(found[f"{name}_{comparison}"]) for name in measured]
-        assert row_with(REAL_MODELS, [with_interval(found["loss"]), *numbers]), numbers
-        if f"{measured[0]}_at_equal_loss" in found:
-            numbers = [with_interval(found[f"{name}_at_equal_loss"]) for name in measured]
-            assert row_with(REAL_MODELS, numbers), numbers
+    assert row_with(REAL_MODELS, numbers), numbers
 
 
 def with_interval(found):
     """A measurement of one seed as the page has it."""
     numbers = [f"{number:.3f}" for number in (found["value"], *found["interval"])]
-    numbers = [n.replace("-0.000", ".000").replace("-0.", "-.").removeprefix("0") for n in numbers]
-    value, low, high = numbers
+    value, low, high = (negative(number).removeprefix("0") for number in numbers)
     return value if low == high else f"{value} [{low}, {high}]"
 
 
