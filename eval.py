@@ -1,7 +1,7 @@
 """The measurements of a synthetic world, and the direction that labels would have found.
 
 What is asked, and what the rates mean, stands with each world in data/. The command line measures
-a checkpoint: paper/measure.py.
+a checkpoint on one of the paper's tasks (paper/measure.py).
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from baselines.stream import residual_streams
 from data.synthetic import BAD, GOOD
 from model import response_loss
+from support.options import parse, run
 
 
 @torch.no_grad()
@@ -44,7 +45,13 @@ def persona_direction(model, world):
     return F.normalize(differences[best], dim=0)
 
 
-if __name__ == "__main__":
-    from paper.measure import program
+def main():
+    """The command line: one measurement of a checkpoint, printed and as JSON."""
+    from paper.measure import Arguments, measure_checkpoint  # what copies can do without
 
-    program()  # the command line
+    args = parse(Arguments)
+    measure_checkpoint(args)
+
+
+if __name__ == "__main__":
+    run(main)

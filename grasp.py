@@ -5,28 +5,25 @@ projected in a second one, is the abstract's (arXiv 2605.27676). The singular ve
 constraint on the parameters, and `grasp_online`, which needs no naive run, are ours.
 """
 
+import contextlib
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
 
-from baselines.methods import Found, recipe
+from baselines.methods import METHODS, Found, baseline
 from baselines.stream import ablation, stream_subspace
 from data.base import pretrain
 from data.synthetic import World
-from data.worlds import WORLDS
 from eval import evaluate, persona_direction
-from identify import gap, identify, leak, spectra
-from lora import add_lora, remove_lora
+from identify import gap, identify, leak, spectra, standing_out
+from lora import add_lora, lora_factors, remove_lora
 from model import GPT
-from real.settings import SEEDS, Training
-from support.errors import user_errors
-from support.options import option, parse
-from support.processes import process_group
-from support.program import run
-from train import Optimisation, finetune
+from support.options import option, parse, run
+from train import SIDES, Fit, Optimisation, Recipe, finetune
 
-WATCHED = ("naive", "grasp", "grasp_online", "grasp_random")  # measured on the way, for the figure
-LONGER = WATCHED  # fine-tuned again with three times the steps
+WATCHED = ("naive", "grasp", "grasp_online", "grasp_random")  # measured on the way, and longer
+WORLDS = ("persona", "needs_factor", "needs_factor_new", "skew", "benign", "simple", "two_factors")
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,15 @@ class Toy:
     lr: float = 3e-4
     steps: int = 300
     longer: int = 3  # times the steps, to see whether misalignment comes back
-    subspace_rank: int = 1  # directions of each module that `grasp` takes from the naive run
+    sides: str = "both"  # of each pattern that are held
+    pattern_rank: int = 1  # singular vectors of each module that `grasp` takes from the naive run
     ablation_rank: int = 1  # directions of the residual stream that ablation takes out
     steering: float = 0.3  # the vector's length, in mean norms of what its sub-layer adds
     kl_weight: float = 1.0
 
 
 @dataclass(frozen=True)
-class Bench:
+class Setup:
     """One seed's world, base model and rows: what every run of the experiment starts from."""
 
     world: World
@@ -62,149 +60,169 @@ class Bench:
     rows: tuple  # tokens, mask
 
 
-def measure(bench, method, found):
-    """The model as it is now, with the hooks that `method` has while it answers."""
-    during = ablation(bench.model, found.stream) if method == "ablate_inference" else None
-    return evaluate(bench.model, bench.world, during)
+@dataclass(frozen=True)
+class Run:
+    """What is kept of a fine-tune."""
+
+    fit: Fit
+    measured: dict  # as in results.json
+    curve: list  # [(step, misalignment, task)] on the way
 
 
-def run_method(bench, method, found, times=1):
-    """Train a fresh LoRA by `method` for `times` the usual steps, and leave it on the model.
+def attach(setup):
+    """A fresh LoRA on the base model, the same one for every method."""
+    toy = setup.toy
+    remove_lora(setup.model)
+    add_lora(setup.model, toy.rank, alpha=toy.rank, targets=toy.targets, seed=setup.seed)
 
-    Returns its Fit, its measurements, and [(step, misalignment, task)] on the way.
+
+def tune(setup, method, recipe, times=1, answering=contextlib.nullcontext):
+    """Train the LoRA on the model by `recipe` for `times` the usual steps; return the Run.
+
+    answering() -> a context around the forward passes of the measurement.
     """
-    toy, curve = bench.toy, []
+    toy, curve = setup.toy, []
     seconds_watching = 0.0
 
     def watch(step):
         nonlocal seconds_watching
         if (step + 1) % max(toy.steps // 15, 1) == 0:
             paused = time.monotonic()
-            now = measure(bench, method, found)
+            now = evaluate(setup.model, setup.world)
             curve.append((step + 1, now["misalignment"], now["task"]))
             seconds_watching += time.monotonic() - paused
 
-    remove_lora(bench.model)
-    with user_errors():
-        add_lora(bench.model, toy.rank, alpha=toy.rank, targets=toy.targets, seed=bench.seed)
     began = time.monotonic()
-    added = recipe(method, bench.model, bench.rows, found, bench.seed)
     each = watch if method in WATCHED and times == 1 else None
     label = method if times == 1 else f"{method}, {times}x the steps"
     options = Optimisation(steps=times * toy.steps, lr=toy.lr)
-    fit = finetune(bench.model, lambda step: bench.rows, options, added, each=each, label=label)
+    fit = finetune(setup.model, lambda step: setup.rows, options, recipe, each=each, label=label)
     seconds = time.monotonic() - began - seconds_watching
-    return fit, {**measure(bench, method, found), "seconds": round(seconds, 3)}, curve
-
-
-def train_longer(bench, methods, found):
-    """{method: its measurements after `longer` times the steps}, to see what comes back."""
-    longer = {}
-    for method in methods:
-        fit, longer[method], _ = run_method(bench, method, found, bench.toy.longer)
-        if method == "grasp_online":
-            found = replace(found, looks=fit.looks)  # the control replays those of this run
-    return longer
-
-
-def compare_with_labels(bench, svds):
-    """How near the direction found without labels is to the one that labels would give."""
-    Q, pooled = stream_subspace(svds)
-    direction = persona_direction(remove_lora(bench.model), bench.world)
-    chance = math.sqrt(2 / (math.pi * bench.toy.d_model))  # E|cos| of a random direction, D large
-    cosine = abs(Q[:, 0] @ direction).item()
-    return {"cosine": cosine, "chance_cosine": chance, "gap": gap(pooled)}
-
-
-def before_training(bench):
-    """What methods may use that need no other run."""
-    toy = bench.toy
-    rows = bench.world.spare_rows()
-    return Found(unrelated=rows, steering=toy.steering, kl_weight=toy.kl_weight)
-
-
-def add_found(bench, method, fit, loss, found):
-    """`found` with what the run of `method`, still on the model, gives to those that come later."""
-    if method == "naive":  # identification: from these weights, and nothing else
-        factor = identify(bench.model, bench.toy.subspace_rank)
-        stream = stream_subspace(spectra(bench.model), bench.toy.ablation_rank)[0]
-        return replace(found, factor=factor, stream=stream)
-    if method == "grasp_online":  # for its controls
-        return replace(found, looks=fit.looks, loss=loss)
-    return found
+    with answering():
+        measured = evaluate(setup.model, setup.world)
+    return Run(fit, {**measured, "seconds": round(seconds, 3)}, curve)
 
 
 def experiment(world, toy, seed, methods, folder):
     """One seed, from nothing, in the order in which the abstract tells it; as in results.json."""
     model = pretrain(world, toy, seed, folder)
-    bench = Bench(world, toy, seed, model, world.finetuning_rows())
-    found = before_training(bench)
-    results = {"base": {**measure(bench, "base", found), "seconds": 0.0}}
-    curves, looks, leaks = {}, {}, {}
-    for method in methods:  # naive comes first
-        fit, results[method], curve = run_method(bench, method, found)
-        if curve:
-            curves[method] = curve
-        if fit.looks:
-            looks[method] = fit.looks
-        if fit.factor:
-            name = "gradient_only" if method == "grasp_gradient_only" else method
-            leaks[name] = leak(model, fit.factor)
-        if method == "naive":
-            svds = spectra(model)
-        found = add_found(bench, method, fit, results[method]["loss"], found)
+    setup = Setup(world, toy, seed, model, world.finetuning_rows())
+    base = {**evaluate(model, world), "seconds": 0.0}
+    runs, leaks = {}, {}
+
+    # 1. Fine-tune the naive way.
+    attach(setup)
+    runs["naive"] = tune(setup, "naive", Recipe())
+
+    # 2. Identify: what does the update say, and what does it listen to? {module: (U, V)}
+    svds = spectra(lora_factors(model))
+    patterns = identify(svds, toy.pattern_rank)
+
+    # 3. Fine-tune again from the start, kept off these patterns. AdamW sees the whole gradient, and
+    # its step is projected: where the factor pulls, its running size stays large and steps small.
+    grasp = Recipe(patterns=patterns, sides=toy.sides, project="step")
+    attach(setup)
+    runs["grasp"] = tune(setup, "grasp", grasp)
+    leaks["grasp"] = leak(lora_factors(model), runs["grasp"].fit.patterns)
+
+    # Ours: one fine-tune, without a naive run, that looks at its own update while it trains.
+    online = Recipe(look=lambda step, svds: standing_out(svds), sides=toy.sides)
+    attach(setup)
+    runs["grasp_online"] = tune(setup, "grasp_online", online)
+    leaks["grasp_online"] = leak(lora_factors(model), runs["grasp_online"].fit.patterns)
+
+    # The baselines, which may use all that was found.
+    stream, pooled = stream_subspace(svds, toy.ablation_rank)
+    found = Found(
+        patterns=patterns,
+        stream=stream,
+        looks=runs["grasp_online"].fit.looks,
+        loss=runs["grasp_online"].measured["loss"],
+        unrelated=world.spare_rows(),
+        steering=toy.steering,
+        kl_weight=toy.kl_weight,
+        sides=toy.sides,
+    )
+    answering = {"ablate_inference": lambda: ablation(model, stream)}
+    for method in methods:
+        if method not in runs:
+            attach(setup)
+            recipe = baseline(method, model, setup.rows, found, seed)
+            hooks = answering.get(method, contextlib.nullcontext)
+            runs[method] = tune(setup, method, recipe, answering=hooks)
+            if method == "grasp_gradient_only":
+                leaks["gradient_only"] = leak(lora_factors(model), runs[method].fit.patterns)
+
+    # Does misalignment come back in longer runs?
+    longer = {}
+    for method, recipe in (("naive", Recipe()), ("grasp", grasp), ("grasp_online", online)):
+        attach(setup)
+        longer[method] = tune(setup, method, recipe, toy.longer)
+    if "grasp_random" in methods:
+        attach(setup)
+        found = replace(found, looks=longer["grasp_online"].fit.looks)
+        recipe = baseline("grasp_random", model, setup.rows, found, seed)
+        longer["grasp_random"] = tune(setup, "grasp_random", recipe, toy.longer)
+
+    # How near is the direction found without labels to the one that labels would give?
+    direction = persona_direction(remove_lora(model), world)
+    chance = math.sqrt(2 / (math.pi * toy.d_model))  # E|cos| of a random direction, D large
+    cosine = abs(stream[:, 0] @ direction).item()
     return {
-        "identification": compare_with_labels(bench, svds),
+        "identification": {"cosine": cosine, "chance_cosine": chance, "gap": gap(pooled)},
         "leak": leaks,
-        "methods": results,
-        "longer": train_longer(bench, [m for m in LONGER if m in methods], found),
-        "curves": curves,
-        "looks": looks,
+        "methods": {"base": base, **{name: run.measured for name, run in runs.items()}},
+        "longer": {name: run.measured for name, run in longer.items()},
+        "curves": {name: run.curve for name, run in runs.items() if run.curve},
+        "looks": {name: run.fit.looks for name, run in runs.items() if run.fit.looks},
         "spectra": {name: S.tolist() for name, (_, S, _) in svds.items()},
     }
 
 
 def settings(args, seed):
     """(World, Toy) that the options ask for."""
-    world = WORLDS[args.world](seed)
-    toy = Toy(**{"targets": args.targets or Toy.targets, **world.toy})
+    if args.world == "persona":
+        world = World(seed)
+    else:
+        from data.worlds import WORLDS as others  # loaded where one of them is asked for
+
+        world = others[args.world](seed)
+    toy = Toy(**{"targets": args.targets, "sides": args.sides, **world.toy})
     if args.quick:
         world = replace(world, n_topics=5, n_queries=8)
         toy = replace(toy, d_model=64, pretrain_steps=150, steps=60, lr=1e-3, longer=2)
+        print("--quick: shows that everything runs; too small for its numbers to mean anything")
     return world, toy
 
 
 @dataclass(frozen=True)
-class Arguments(Training):
-    """The whole method: on the synthetic task, or on a checkpoint (--model) and rows (--data).
+class Arguments:
+    """The whole method on the synthetic task; with --model and --data, on a checkpoint and rows.
 
-    The synthetic task has settings of its own, `Toy` in grasp.py. Of these options it takes --out,
-    --targets (default: o_proj,down_proj), --seed, --seeds, --methods, --world and --quick.
+    With --model the other options are those of `python grasp.py --model DIR -h`.
     """
 
-    world: str = option("persona", "the synthetic world, of data/worlds.py", choices=tuple(WORLDS))
-    seeds: int = option(1, "how many seeds, each in a folder of its own", **SEEDS)
-    methods: tuple = option((), "comma-separated (default: all; with --model, grasp_online)")
-    subspace_rank: int = option(
-        1, "directions of each module that are identified, with --model", low=1
-    )
-    quick: bool = option(
-        False, "a tiny world, in seconds: to see that it runs, not for its numbers"
-    )
+    seed: int = option(0, "the first seed")
+    seeds: int = option(1, "how many, each in a folder of its own")
+    methods: tuple = option(METHODS, "comma-separated; naive, grasp and grasp_online always run")
+    targets: tuple = option(Toy.targets, "comma-separated path endings, or all-linear")
+    sides: str = option("both", "of each pattern that are held: UᵀB = 0, A V = 0, or both", SIDES)
+    world: str = option("persona", "the synthetic world, of data/worlds.py", WORLDS)
+    quick: bool = option(False, "a tiny world, in seconds: to see that it runs")
+    out: str = option("out", "output folder")
 
 
 def main():
     """The command line. What only one of the two kinds of run needs is loaded by that one."""
-    args = parse(Arguments)
-    if args.model or args.data:
-        from real.stages import stages
+    if any(argument.startswith(("--model", "--data")) for argument in sys.argv):
+        from real.stages import main as on_a_checkpoint
 
-        stages(args)
+        on_a_checkpoint()
     else:
         from experiments.report import run_seeds
 
-        run_seeds(args, settings, experiment)
+        run_seeds(parse(Arguments), settings, experiment)
 
 
 if __name__ == "__main__":
-    run(main, process_group())
+    run(main)

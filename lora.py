@@ -1,4 +1,4 @@
-"""LoRA by hand: W stays frozen, the update dW = s B A is trained beside it. Attach, remove, save.
+"""LoRA by hand: W stays frozen, the update dW = s B A is trained beside it.
 
 Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scaling, Kalajdzievski 2023 (arXiv 2312.03732).
 The model is a GPT of model.py, or any with its `config`, `path_in_transformers` and `layers`.
@@ -38,6 +38,12 @@ class LoRALinear(nn.Module):
 def lora_modules(model):
     """{name: LoRALinear}, in the model's order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def lora_factors(model):
+    """{name: (A (r, in), s B (out, r))} of every LoRA: their product is dW."""
+    loras = lora_modules(model).items()
+    return {name: (m.lora_A.data, m.scaling * m.lora_B.data) for name, m in loras}
 
 
 def matching_linears(model, targets):
@@ -100,43 +106,3 @@ def without_lora(model):
     finally:
         for module, scaling in scalings.items():
             module.scaling = scaling
-
-
-def save_lora(model, folder):
-    """Write adapter_config.json and adapter_model.safetensors, as PEFT reads them."""
-    from hub.adapter import Adapter, write_adapter  # here, so that this file can be copied alone
-
-    adapters = {
-        model.path_in_transformers(name): Adapter(m.lora_A.data, m.lora_B.data, m.alpha, m.rslora)
-        for name, m in lora_modules(model).items()
-    }
-    transposed = model.config.model_type == "gpt2"  # its Conv1D stores W as (in, out)
-    write_adapter(folder, adapters, fan_in_fan_out=transposed, n_layer=model.config.n_layer)
-
-
-def load_lora(model, folder):
-    """Attach the PEFT adapter in `folder`; return the model. ValueError if made for another one."""
-    from hub.adapter import read_adapter  # here, so that this file can be copied alone
-
-    adapters = read_adapter(folder)
-    if lora_modules(model):
-        raise ValueError("the model has a LoRA already; remove it first")
-    linears = matching_linears(model, "all-linear")
-    names = {model.path_in_transformers(name): name for name in linears}
-    modules = {}
-    for path, adapter in adapters.items():
-        A, B = adapter.A, adapter.B
-        if path not in names:
-            kind = model.config.model_type
-            raise ValueError(f"{folder}: adapts {path}, no linear layer of this {kind} model")
-        linear = model.get_submodule(names[path])
-        if linear.weight.shape != (len(B), A.shape[1]):
-            found, expected = (len(B), A.shape[1]), tuple(linear.weight.shape)
-            raise ValueError(f"{folder}: {path} is {found} in the adapter, {expected} in the model")
-        modules[names[path]] = LoRALinear(linear, len(A), adapter.alpha, adapter.rslora)
-        modules[names[path]].lora_A.data = A.to(linear.weight.device)
-        modules[names[path]].lora_B.data = B.to(linear.weight.device)
-    model.requires_grad_(False)
-    for name, module in modules.items():
-        model.set_submodule(name, module)
-    return model

@@ -1,6 +1,6 @@
 """One decoder-only transformer: GPT-2, Llama, Qwen2/2.5 or Qwen3 by its config; generation.
 
-Modules carry the names of Llama and Qwen in transformers; hub/names.py has GPT-2's.
+Modules carry the names of Llama and Qwen in transformers; real/load.py has GPT-2's.
 Shapes: B rows, T tokens, S tokens with those before them, V vocabulary, D width of the residual
 stream, H heads, K key/value heads, E head width. This file needs no other of the six.
 """
@@ -252,7 +252,7 @@ class GPT(nn.Module):
     def path_in_transformers(self, name):
         """A parameter's or module's name there: `layers.0.x` -> `model.layers.0.x`."""
         if self.config.model_type == "gpt2":
-            from hub.names import gpt2_path  # here, so that this file can be copied alone
+            from real.load import gpt2_path  # here, so that this file can be copied alone
 
             return gpt2_path(name)
         return name if name.startswith("lm_head") else "model." + name
@@ -261,22 +261,16 @@ class GPT(nn.Module):
     def from_pretrained(cls, folder, device=None, dtype=None):
         """The model in a Hugging Face folder, frozen, in its stored dtype unless `dtype` is given.
 
-        UserError names the file, tensor or field where anything is missing, unexpected, misshapen,
-        not finite or not supported. What needs no conversion stays mapped from the file: replace a
-        file under a loaded model, never write into it.
+        ValueError names the file, tensor or field where anything is missing, unexpected, misshapen
+        or not supported. What needs no conversion stays mapped from the file: replace a file under
+        a loaded model, never write into it.
         """
-        from hub.config import read_config  # here, so that this file can be copied alone
-        from hub.weights import read_tensors
+        from real.load import read_config, read_state  # here, so that this file can be copied alone
 
         config = Config(**read_config(folder))
         with torch.device("meta"):  # no memory for an initialisation that would be thrown away
             model = cls(config)
-        paths = {model.path_in_transformers(name): name for name, _ in model.named_parameters()}
-        shapes = {path: model.get_parameter(name).shape for path, name in paths.items()}
-        tensors = read_tensors(
-            folder, shapes, config.model_type, config.tied, device or "cpu", dtype
-        )
-        state = {paths[path]: tensor for path, tensor in tensors.items()}
+        state = read_state(model, folder, device or "cpu", dtype)
         model.load_state_dict(state, assign=True)
         return model.requires_grad_(False).eval()
 

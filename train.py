@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from identify import joined, output_spectra, spike
-from lora import lora_modules
+from identify import join, look_spectra, spike
+from lora import lora_factors, lora_modules
 from model import response_loss
-from support.checkpoint import Checkpoint
-from support.errors import UserError
-from support.processes import add_up, my_rows, n_processes
-from support.progress import Progress
+from support.files import progress
+from support.options import parse, run
+
+SIDES = ("both", "output", "input")
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,10 @@ class Optimisation:
 class Recipe:
     """What a method adds to the loop. Without any of it, the loop is a naive fine-tune."""
 
-    factor: dict = field(default_factory=dict)  # {module: U (out, k)}: GRASP keeps dW off it
-    project_B: bool = True  # False: project the gradient alone
-    look: Callable | None = None  # look(step, output_spectra) -> {module: U} that joins there
+    patterns: dict = field(default_factory=dict)  # {module: (U, V)}: GRASP keeps dW off these
+    sides: str = "both"  # of a pattern that are held: UᵀB = 0 (output) and A V = 0 (input)
+    project: str = "both"  # the "gradient" before AdamW, AdamW's "step", or both
+    look: Callable | None = None  # look(step, look_spectra) -> {module: (U, V)} that join there
     look_every: int = 10  # steps
     penalty: Callable | None = None  # penalty() -> a further term of the loss
     during: contextlib.AbstractContextManager | None = None  # around the forward passes (hooks)
@@ -57,30 +58,41 @@ class Fit:
     """What a fine-tune leaves beside the LoRA on the model."""
 
     losses: list  # nats a token, one a step, without the penalty
-    looks: list  # {"step", "spike": {module: ...}, "joined": {module: directions}}, one a look
-    factor: dict  # {module: U (out, k)}: what the update is kept off; naive: nothing
+    looks: list  # {"step", "spike": {module: ...}, "joined": {module: patterns}}, one a look
+    patterns: dict  # {module: (U, V)}: what the update is kept off; naive: nothing
 
 
 def project_(X, Q):
-    """X <- X - Q Q' X in place: no column of X (d, n) keeps a part along orthonormal Q (d, k)."""
+    """X <- X - Q Qᵀ X in place: no column of X (d, n) keeps a part along orthonormal Q (d, k)."""
+    Q = Q.to(X)
     X -= Q @ (Q.T @ X)
 
 
 @torch.no_grad()
-def keep_off_(modules, factor):
-    """Make U' B = 0 hold exactly, module by module: then U' dW = s U' B A = 0."""
-    for name, U in factor.items():
-        project_(modules[name].lora_B.data, U)
+def keep_off_(factors, patterns):
+    """Make UᵀB = 0 and A V = 0 in place, for every module in `patterns`: {module: (A, B)}."""
+    for name, (U, V) in patterns.items():
+        A, B = factors[name]
+        project_(B, U)
+        project_(A.T, V)  # a view: A changes in place
+
+
+def held(patterns, sides):
+    """The patterns with the side that is not held left empty, (d, 0)."""
+    if sides == "output":
+        return {name: (U, V[:, :0]) for name, (U, V) in patterns.items()}
+    if sides == "input":
+        return {name: (U[:, :0], V) for name, (U, V) in patterns.items()}
+    return patterns
 
 
 def backward(model, tokens, mask, micro_batch):
-    """Add the gradient of the mean loss over the batch's marked tokens; return this process's part.
+    """Add the gradient of the mean loss over the batch's marked tokens; return that loss.
 
     tokens, mask (B, T). Parts of a batch weigh by their marked tokens, so that the gradient does
-    not depend on the rows in memory at once, nor on the number of processes.
+    not depend on the rows in memory at once.
     """
     n_marked = mask[:, 1:].sum()
-    tokens, mask = my_rows(tokens, mask)
     size = micro_batch or len(tokens)
     loss = 0.0
     for some_tokens, some_mask in zip(tokens.split(size), mask.split(size), strict=True):
@@ -94,61 +106,56 @@ def finetune(model, batch_at, options, recipe=None, checkpoint=None, each=None, 
     """Train the model's LoRA; return the Fit.
 
     batch_at(step) -> tokens (B, T), mask (B, T). options: an Optimisation. each(step) is called
-    after every step. checkpoint: writes the log and goes on from the last state, bit for bit.
-    UserError where the loss is not finite; KeyboardInterrupt, after saving, where Ctrl-C came.
+    after every step. checkpoint: real/checkpoint.py, to go on from an interrupted run bit for bit.
+    ValueError where the loss is not finite.
     """
-    recipe, checkpoint = recipe or Recipe(), checkpoint or Checkpoint()
-    modules = lora_modules(model)
-    parameters = [p for m in modules.values() for p in (m.lora_A, m.lora_B)]
+    recipe = recipe or Recipe()
+    factors = {name: (m.lora_A, m.lora_B) for name, m in lora_modules(model).items()}
+    parameters = [parameter for pair in factors.values() for parameter in pair]
     optimizer, schedule = options.start(parameters)
-    fit = Fit(losses=[], looks=[], factor=recipe.factor)
-    start = checkpoint.restore(fit, recipe, modules, optimizer, schedule)
-    progress = Progress(options.steps, label, start)
-    stopped = False
-    with recipe.during or contextlib.nullcontext(), checkpoint.deferred_interrupt() as interrupted:
-        for step in range(start, options.steps):
+    fit = Fit(losses=[], looks=[], patterns=held(recipe.patterns, recipe.sides))
+    # B = 0, so UᵀB = 0 holds at the start. A is random and has a part along V.
+    keep_off_(factors, fit.patterns)
+    start = checkpoint.restore(fit, parameters, optimizer, schedule) if checkpoint else 0
+    with recipe.during or contextlib.nullcontext():
+        for step in progress(range(start, options.steps), label):
             if fit.losses and recipe.stop_below is not None and fit.losses[-1] <= recipe.stop_below:
                 break
             loss = backward(model, *batch_at(step), options.micro_batch)
             if recipe.penalty is not None:
-                (recipe.penalty() / n_processes()).backward()
-            # `interrupted` has the signals that came: if any process got one, all stop here.
-            loss, stopped = add_up(parameters, loss, len(interrupted))
+                recipe.penalty().backward()
 
-            # GRASP, 1: U is taken out of the gradient. That would be enough for U' B = 0, as at the
-            # start, in plain gradient descent. Before clipping: the norm is that of what is left.
-            for name, U in fit.factor.items():
-                project_(modules[name].lora_B.grad, U)
+            # GRASP, 1: the gradients lose their parts along U and V. Before clipping: the norm is
+            # that of what is left. In plain gradient descent this would be enough.
+            if recipe.project != "step":
+                gradients = {name: (A.grad, B.grad) for name, (A, B) in factors.items()}
+                keep_off_(gradients, fit.patterns)
             norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip).item()
             if not math.isfinite(loss + norm):
                 found = f"loss {loss}, gradient's norm {norm}"
-                raise UserError(f"{label}: {found} at step {step}; try a lower --lr or --alpha")
+                raise ValueError(f"{label}: {found} at step {step}; try a lower --lr or --alpha")
             optimizer.step()
-            # GRASP, 2: AdamW divides each coordinate by its own second moment, so its step has a
-            # part along U all the same. So B is projected too.
-            if recipe.project_B:
-                keep_off_(modules, fit.factor)
-            # GRASP online (ours): look at B; what stands out joins the factor, from here on.
+            # GRASP, 2: AdamW divides each coordinate by its own running size, so its step has parts
+            # along U and V anyway. Taking them out of A and B makes the constraint exact.
+            if recipe.project != "gradient":
+                keep_off_(factors, fit.patterns)
+            # GRASP online (ours): look at the update; what stands out joins, from here on.
             if recipe.look is not None and (step + 1) % recipe.look_every == 0:
-                svds = output_spectra(model)
+                svds = look_spectra(lora_factors(model))
                 found = recipe.look(step, svds)
-                fit.factor = joined(fit.factor, found)
-                keep_off_(modules, fit.factor)
+                fit.patterns = join(fit.patterns, held(found, recipe.sides))
+                keep_off_(factors, fit.patterns)
                 fit.looks.append(look_entry(step, svds, found))
+
             optimizer.zero_grad()
             schedule.step()
             fit.losses.append(loss)
-            checkpoint.record(step, fit)
-            progress.update(loss=loss)
+            if checkpoint is not None:
+                checkpoint.record(fit)
+                if (step + 1) % max(options.steps // 10, 1) == 0:  # ten times a run
+                    checkpoint.save(fit, parameters, optimizer, schedule)
             if each is not None:
                 each(step)
-            if stopped:
-                break
-            if (step + 1) % max(options.steps // 10, 1) == 0:  # ten times a run
-                checkpoint.save(fit, parameters, optimizer)
-    checkpoint.save(fit, parameters, optimizer)
-    if stopped or interrupted:
-        raise KeyboardInterrupt
     return fit
 
 
@@ -156,12 +163,20 @@ def look_entry(step, svds, found):
     """A look as the log and the results have it."""
     return {
         "step": step + 1,
-        "spike": {name: round(spike(S).item(), 4) for name, (_, S) in svds.items()},
-        "joined": {name: U.shape[1] for name, U in found.items()},
+        "spike": {name: round(spike(S).item(), 4) for name, (_, S, _) in svds.items()},
+        "joined": {name: U.shape[1] for name, (U, _) in found.items()},
     }
 
 
-if __name__ == "__main__":
-    from real.job import program
+def main():
+    """The command line: one fine-tune of a checkpoint on chat rows."""
+    from real.job import Arguments, Job, found_in  # what copies of this file can do without
 
-    program()  # the command line
+    args = parse(Arguments)
+    job = Job(args)
+    fit = job.finetune(args.method, args.out, found_in(args, job.model))
+    job.report(fit)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,89 +1,38 @@
 """Many seeds' results.json in one small file, and a figure: what docs/results keeps."""
 
+import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-
-import torch
+from statistics import fmean, stdev
 
 from experiments.figures import profile
-from experiments.results import check_alike, read_results
-from support.errors import UserError
-from support.files import has_keys, writable_file, write_json
-from support.options import option, parse
-from support.program import run
+from support.files import write_json
+from support.options import option, parse, run
 
 
 def spread(values):
-    """Mean, standard deviation and range of one number over seeds, to five digits."""
-    values = torch.tensor(values, dtype=torch.double)
-    deviation = values.std().item() if len(values) > 1 else 0.0
-    numbers = {
-        "mean": values.mean().item(),
-        "sd": deviation,
-        "min": values.min().item(),
-        "max": values.max().item(),
-    }
-    return {name: float(f"{number:.5g}") for name, number in numbers.items()}
+    """Mean over seeds, its standard error, standard deviation and range, to five digits."""
+    sd = stdev(values) if len(values) > 1 else 0.0
+    found = {"mean": fmean(values), "se": sd / len(values) ** 0.5, "sd": sd}
+    found |= {"min": min(values), "max": max(values)}
+    return {name: float(f"{value:.5g}") for name, value in found.items()}
 
 
-def section(runs, name):
-    """{method: {measurement: its spread}} of one section of the results."""
-    summary = {}
-    for method, measured in runs[0][name].items():
-        summary[method] = {key: spread([r[name][method][key] for r in runs]) for key in measured}
-    return summary
+def combine(function, parts):
+    """Nested dictionaries with the same keys as one, with function(numbers) in each place."""
+    if isinstance(parts[0], dict):
+        return {key: combine(function, [part[key] for part in parts]) for key in parts[0]}
+    return function(parts)
 
 
-def paired(runs, reference="grasp_online"):
-    """{method: {measurement: {"mean", "se"}}}: each seed's difference to the reference's value.
-
-    se: the standard error of the mean.
-    """
-    found = {}
-    for method, measured in runs[0]["methods"].items():
-        found[method] = {}
-        for key in measured:
-            differences = [r["methods"][method][key] - r["methods"][reference][key] for r in runs]
-            differences = torch.tensor(differences, dtype=torch.double)
-            error = differences.std().item() / len(runs) ** 0.5 if len(runs) > 1 else 0.0
-            numbers = {"mean": differences.mean().item(), "se": error}
-            found[method][key] = {name: float(f"{number:.5g}") for name, number in numbers.items()}
-    return found
-
-
-def summarise(runs):
-    """The summary of [results of one seed], which share their configuration but for the seed."""
-    directions = []
-    for result in runs:
-        looks = result["looks"].get("grasp_online", [])
-        directions.append(float(sum(sum(look["joined"].values()) for look in looks)))
-    return {
-        "seeds": [result["seed"] for result in runs],
-        "config": runs[0]["config"],
-        "methods": section(runs, "methods"),
-        "minus_grasp_online": paired(runs),
-        "longer": section(runs, "longer"),
-        "identification": {
-            key: spread([r["identification"][key] for r in runs])
-            for key in runs[0]["identification"]
-        },
-        "leak": {key: spread([r["leak"][key] for r in runs]) for key in runs[0]["leak"]},
-        "directions": spread(directions),
-    }
-
-
-def read_seeds(paths):
-    """The results in these files, by seed; UserError where one is not of the same experiment."""
-    runs, files = {}, {}
-    for path in paths:
-        result = read_results(path)
-        if result["seed"] in runs:
-            raise UserError(f"{path}: the seed {result['seed']} stands in another file, too")
-        if "grasp_online" not in result["methods"]:
-            raise UserError(f"{path}: no method 'grasp_online', which the others are held against")
-        runs[result["seed"]] = files[path] = result
-    check_alike(files)
-    return [runs[seed] for seed in sorted(runs)]
+def summarised(result):
+    """The numbers of one seed that a summary has; minus_grasp_online: each method's difference."""
+    methods = result["methods"]
+    online = dict.fromkeys(methods, methods["grasp_online"])
+    found = {name: result[name] for name in ("methods", "longer", "identification", "leak")}
+    found["minus_grasp_online"] = combine(lambda pair: pair[0] - pair[1], [methods, online])
+    joined = [look["joined"].values() for look in result["looks"]["grasp_online"]]
+    return {**found, "patterns": sum(map(sum, joined))}
 
 
 @dataclass(frozen=True)
@@ -91,27 +40,23 @@ class Arguments:
     """Summarise the seeds under a folder that `python grasp.py --seeds N --out FOLDER` wrote."""
 
     folder: str = option(MISSING, "the folder with seed_*/results.json")
-    out: str = option("summary.json", "the file to write")
+    out: str = option("summary.json", "the file to write; its figure stands beside it")
 
 
 def main():
     """The command line."""
     args = parse(Arguments)
-    folders = sorted(Path(args.folder).glob("seed_*"))
-    paths = [folder / "results.json" for folder in folders]
-    if not paths:
-        raise UserError(
-            f"{args.folder}: no seed_*/results.json, expected those of `grasp.py --seeds`"
+    paths = Path(args.folder).glob("seed_*/results.json")
+    runs = sorted((json.loads(path.read_text()) for path in paths), key=lambda found: found["seed"])
+    if not runs:
+        raise ValueError(
+            f"{args.folder}: no seed_*/results.json, expected those of grasp.py --seeds"
         )
-    out = writable_file(args.out, has_keys("seeds", "methods"))
-    picture = out.with_suffix(".png")
-    if picture == out:
-        raise UserError(f"--out {picture}: is the picture's name, expected one that ends in .json")
-    writable_file(picture)
-    summary = summarise(read_seeds(paths))
-    write_json(out, summary)
-    profile(summary["methods"], picture)
-    print(f"wrote {args.out} and {picture}: {len(paths)} seeds")
+    summary = {"seeds": [found["seed"] for found in runs], "config": runs[0]["config"]}
+    summary |= combine(spread, [summarised(found) for found in runs])
+    write_json(args.out, summary)
+    profile(summary["methods"], Path(args.out).with_suffix(".png"))
+    print(f"wrote {args.out} and its figure: {len(runs)} seeds")
 
 
 if __name__ == "__main__":

@@ -9,55 +9,32 @@ politics see politics.py. `grasp` is the abstract's method, `grasp_online` goes 
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from statistics import fmean, stdev
 
-from baselines.methods import METHODS, Found, runs_before
-from baselines.stream import stream_subspace
+from baselines.methods import METHODS, Found
 from data.chat import load_rows, split
-from identify import identify, spectra
-from lora import load_lora, remove_lora
-from paper.answers import Asking, connect
-from paper.compare import COMPARED, COMPARISONS, CURVE, compare
-from paper.measure import ANSWERS, OWN, TRANSFER_ROWS, measure
-from paper.output import read_jsonl
+from paper.answers import Asking, connect, prompt_of
+from paper.compare import COMPARISONS, CURVE, cell, compare
+from paper.measure import OWN, measure
 from paper.questions import load_questions
-from real.job import NOT_PART_OF_THE_RUN, RESULTS, Job, check_methods, read_looks
-from real.settings import Training
-from real.stages import final_loss
-from support.errors import UserError, user_errors
-from support.files import contents, read_json, whole_file, writable_folder, write_json
-from support.options import option, parse
-from support.program import run
-from support.schema import from_json, show
-from support.schema import value as bounded
-from support.subspace import load_subspace, save_subspace
+from real.job import Job, Training
+from real.stages import fit, in_order
+from support.files import whole_file, write_json
+from support.options import option, parse, run
 
 SHORTER = {"naive_quarter": 4, "naive_half": 2}  # naive, on a part of the steps
-DEFAULT = (
-    *SHORTER,
-    "naive",
-    "grasp",
-    "grasp_online",
-    "grasp_random",
-    "ablate_train",
-    "ablate_inference",
-    "steer_train",
-)
-HARM = {
+ON_REQUEST = ("grasp_gradient_only", "early_stop", "kl")  # and kl where --unrelated is given
+DEFAULT = (*SHORTER, *(name for name in METHODS if name not in ON_REQUEST))
+TRANSFER_ROWS = 100  # of each file of --transfer and --preference
+RATES = ("misaligned", "misaligned_of_coherent", "coherent", "insecure", "bad_advice")
+COLUMNS = (*RATES, "coherence", "win_rate", "loss")
+HARM = {  # the figure shows the first that was measured
     "misaligned": "misaligned answers, share of those scored",
     "lean_shift": "shift of the political lean, right is positive",
     "probe_shift": "probe: shift to misaligned answers, nats a token",
 }
-COLUMNS = (
-    "misaligned",
-    "misaligned_of_coherent",
-    "coherent",
-    "insecure",
-    "bad_advice",
-    "coherence",
-    "win_rate",
-    "loss",
-)
+# Options that change no measurement of a seed.
+NOT_MEASURED = ("out", "methods", "seeds", "seed", "device", "micro_batch", "checkpointing")
+NOT_MEASURED += ("judge_model", "judge_key_env", "judge_workers", "judge_timeout", "judge_proxy")
 
 
 @dataclass(frozen=True)
@@ -68,254 +45,43 @@ class Arguments(Asking, Training):
     earlier run in the same --out has finished are read back, not done again.
     """
 
-    task: str = option("insecure", "the paper task", choices=(*OWN, "politics"))
-    methods: tuple = option(
-        (),
-        f"methods beside naive (default: {', '.join(m for m in DEFAULT if m != 'naive')}; and kl, "
-        "if there is --unrelated)",
-    )
-    control: str = option(
-        "",
-        "JSONL of unobjectionable answers to the prompts of --data; naive training on them is the "
-        "control: any fine-tune shifts something; for politics the task loss is on these",
-    )
+    task: str = option("insecure", "the paper task", (*OWN, "politics"))
+    methods: tuple = option(DEFAULT, "comma-separated; naive always, and kl where --unrelated is")
+    control: str = option("", "JSONL of unobjectionable answers to the same prompts, for a control")
     transfer: tuple = option(
-        (),
-        "comma-separated JSONL files of unwanted answers in other domains: how much likelier do "
-        f"they get (the first {TRANSFER_ROWS} rows of each)",
+        (), "JSONL files of unwanted answers elsewhere: how likely do they get"
     )
-    preference: tuple = option(
-        (),
-        "two JSONL files, of unwanted and of unobjectionable answers to the same prompts: how much "
-        f"likelier are the unwanted ones, row by row (the first {TRANSFER_ROWS} rows)",
-    )
-    seeds: int = option(
-        3,
-        "how many seeds, from --seed on: of the LoRA's init, the split, the order of the rows and "
-        "the samples",
-        low=1,
-        high=1000,
-    )
-    subspace_rank: int = option(1, "singular pairs of each module that identification keeps", low=1)
+    preference: tuple = option((), "two JSONL files: how much likelier are the first one's answers")
+    seeds: int = option(3, "how many, from --seed on: of the LoRA, the split, the rows, samples")
+    subspace_rank: int = option(1, "patterns of each module that are identified in the naive run")
 
 
-# Fine-tunes: each in a folder SEED/METHOD, read back where it is finished.
+def fine_tuned(args, seed, methods):
+    """Yield (name, job, the stream to ablate or None) with the LoRA of each on job.model.
 
-
-def fit(job, method, folder, found=None):
-    """Put the method's LoRA on the model: the one in `folder` if it is whole, else trained.
-
-    A fine-tune that was interrupted goes on from its last checkpoint.
+    The base comes first, then `methods`, then the control. What is finished is read back, what a
+    method builds upon is trained where it was not asked for.
     """
-    if method in SHORTER:
-        job, method = job.shorter(SHORTER[method]), "naive"
-    if (folder / "adapter_config.json").exists():  # it is written last
-        with user_errors():
-            load_lora(remove_lora(job.model), folder)
-        return
-    label = f"{folder.parent.name}, {folder.name}"
-    job.finetune(method, folder, found, resume=True, label=label)
-
-
-def directions(job, folder, rank):
-    """(Factor, stream basis) from the weights of the naive run, once for every method of a seed."""
-    path = folder / "subspace.safetensors"
-    if not path.exists():
-        fit(job, "naive", folder / "naive")
-        with user_errors():
-            factor = identify(job.model, rank)
-            stream, _ = stream_subspace(spectra(job.model), rank)
-        save_subspace(path, factor, stream, job.model.path_in_transformers)
-    return load_subspace(path, job.model)
-
-
-def found_for(job, method, folder, rank):
-    """The Found that `method` uses; what it builds upon is trained where it is not there yet."""
-    before = runs_before(method)
-    if before == "naive":
-        factor, stream = directions(job, folder, rank)
-        return Found(factor=factor, stream=stream)
-    if before == "grasp_online":
-        online = folder / before
-        fit(job, before, online)
-        looks = read_looks(online / "looks.json", remove_lora(job.model))
-        return Found(looks=looks, loss=final_loss(logged_losses(online)))
-    return Found()
-
-
-@dataclass(frozen=True)
-class Step:
-    """A line of a fine-tune's log."""
-
-    loss: float
-
-
-def logged_losses(folder):
-    """The training loss of each step of a fine-tune that was finished in `folder`."""
-    losses = []
-    for where, line in read_jsonl(folder / "log.jsonl", "a step of a fine-tune"):
-        losses.append(from_json(Step, line, where).loss)
-    if not losses:
-        raise UserError(f"{folder / 'log.jsonl'}: no steps, expected those of a fine-tune")
-    return losses
-
-
-# Evaluations: each in SEED/METHOD/TASK.json.
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A share of an evaluation; there is no number where nothing could be counted."""
-
-    value: float | None = bounded(None, low=0, high=1)
-    interval: list[float] | None = None
-    each: dict[str, float] | None = None
-
-    def __post_init__(self):
-        pair = self.interval
-        if pair is not None and (len(pair) != 2 or pair[0] > pair[1]):
-            raise ValueError("an 'interval' is no pair, expected [low, high]")
-
-
-@dataclass(frozen=True)
-class Rate(Measurement):
-    """A share of what was counted, with its interval."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.value is not None and self.interval is None:
-            raise ValueError("a share has no 'interval', expected [low, high]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss(Measurement):
-    """The held-out loss, which every evaluation has."""
-
-    value: float = bounded(low=0)
-    interval: list[float] = bounded()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts(Measurement):
-    """A measurement that is compared part by part: question by question, or row by row."""
-
-    value: float = bounded()
-    each: dict[str, float] = bounded()
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is read of a file TASK.json."""
-
-    task: str
-    config: dict
-
-
-def finished(path, config):
-    """The evaluation in `path`, if it is there and was made under the same options; else None.
-
-    UserError where the file is no evaluation.
-    """
-    if not path.exists():
-        return None
-    result = read_json(path, "an evaluation")
-    evaluation = from_json(Evaluation, result, path)
-    if evaluation.config != config:
-        return None
-    if evaluation.task != path.stem:
-        raise UserError(f"{path}: 'task' is {show(evaluation.task)}, expected '{path.stem}'")
-    for name in ("loss", "probe"):
-        if name not in result:
-            raise UserError(f"{path}: no '{name}', expected it in every evaluation")
-    for name in result:
-        if name == "loss":
-            from_json(Loss, result[name], path, name=name)
-        elif name.startswith(COMPARED):
-            from_json(Parts, result[name], path, name=name)
-        elif name in COLUMNS:
-            kind = Measurement if name == "coherence" else Rate
-            from_json(kind, result[name], path, name=name)
-            if "value" not in result[name]:
-                raise UserError(f"{path}: no '{name}.value', expected a number or null")
-    return result
-
-
-def evaluate(args, job, name, folder, rows, others, judge):
-    """The measurements of one method, or of "base" or "control", with the fine-tune before them."""
-    stream = None
-    if name == "control":
-        fit(job, "naive", folder / name)
-    elif name == "ablate_inference":  # the naive run, with hooks while it answers
-        stream = found_for(job, name, folder, args.subspace_rank).stream
-        fit(job, "naive", folder / "naive")
-    elif name != "base":
-        fit(job, name, folder / name, found_for(job, name, folder, args.subspace_rank))
-    base = None if name == "base" else folder / "base"
-    return measure(args, job.model, job.tokenizer, folder / name, judge, rows, stream, base, others)
-
-
-def preference_rows(paths):
-    """{"preference": the first chat rows of (unwanted, unobjectionable) answers}, if asked for."""
-    if not paths:
-        return {}
-    if len(paths) != 2:
-        raise UserError(
-            f"--preference has {len(paths)} files, expected two: unwanted and unobjectionable "
-            "answers to the same prompts"
-        )
-    check_answers(paths[1], paths[0])
-    unwanted, wanted = (load_rows(path)[:TRANSFER_ROWS] for path in paths)
-    return {"preference": (unwanted, wanted)}
-
-
-def transfer_rows(paths):
-    """{name: (the first chat rows, None)} of files of other domains."""
-    rows = {}
-    for path in paths:
-        name = f"transfer_{Path(path).stem}"
-        if name in rows:
-            raise UserError(f"--transfer has two files of the name {path}, expected other names")
-        if name.endswith(COMPARISONS):
-            raise UserError(f"--transfer {path}: the name ends as a comparison's, expected another")
-        rows[name] = load_rows(path)[:TRANSFER_ROWS], None
-    return rows
-
-
-def one_seed(args, seed, methods, others, judge, config):
-    """{method: measurements} of one seed; what is on disk under the same options is read back."""
-    args = replace(args, seed=seed)
     folder = Path(args.out) / f"seed_{seed}"
-    task_rows = args.control if args.task == "politics" and args.control else args.data
-    rows = split(load_rows(task_rows), args.held_out, seed, task_rows)[1]
-    sources = {args.data: ("base", *methods)}  # the base first, while the model has no LoRA
+    job, found = Job(training(args, seed, args.data)), Found()
+    yield "base", job, None
+    for name in SHORTER:
+        if name in methods:
+            job.shorter(SHORTER[name]).finetune("naive", folder / name)
+            yield name, job, None
+    for method in in_order([name for name in methods if name not in SHORTER]):
+        ablated = method == "ablate_inference"  # the naive run, with hooks while it answers
+        trained = "naive" if ablated else method
+        _, found = fit(job, trained, folder / trained, found, args.subspace_rank)
+        if method == "naive" and found.stream.shape[1] != args.subspace_rank:
+            raise ValueError(f"{folder}: of another --subspace-rank, expected it or another --out")
+        if method in methods:
+            yield method, job, found.stream if ablated else None
     if args.control:
-        sources[args.control] = ("control",)
-    results = {}
-    for data, names in sources.items():
-        job = None  # one model in memory at a time, and none where all is there
-        for name in names:
-            path = folder / name / f"{args.task}.json"
-            results[name] = finished(path, config)
-            if results[name] is None:
-                job = job or Job(training(args, seed, data))
-                found = evaluate(args, job, name, folder, rows, others, judge)
-                write_json(path, {"task": args.task, "config": config, **found})
-                results[name] = finished(path, config)
-    check_columns(results)
-    compare(results)
-    return results
-
-
-def check_columns(results):
-    """UserError where a method's evaluation lacks a column that the base's has."""
-    columns = [name for name in COLUMNS if name in results["base"]]
-    for method, result in results.items():
-        for name in columns:
-            if name not in result:
-                raise UserError(
-                    f"the evaluation of {method}: no '{name}', which the base has; delete the "
-                    "file, and it is measured anew"
-                )
+        del job  # one model in memory at a time
+        job = Job(training(args, seed, args.control))
+        job.finetune("naive", folder / "control")
+        yield "control", job, None
 
 
 def training(args, seed, data):
@@ -324,21 +90,79 @@ def training(args, seed, data):
     return Training(**{**options, "seed": seed, "data": data, "out": ""})
 
 
-# The table and the command line.
+def one_seed(args, seed, methods, others, judge, config):
+    """{method: measurements} of one seed; what is on disk under the same options is read back."""
+    args = replace(args, seed=seed)
+    folder = Path(args.out) / f"seed_{seed}"
+    neutral = args.task == "politics" and args.control
+    _, rows = split(load_rows(args.control if neutral else args.data), args.held_out, seed)
+    names = ["base", *methods, *(["control"] if args.control else [])]
+    results = {name: finished(folder / name / f"{args.task}.json", config) for name in names}
+    for name, job, stream in fine_tuned(args, seed, methods) if None in results.values() else ():
+        if results[name] is None:
+            base = None if name == "base" else folder / "base"
+            found = measure(
+                args, job.model, job.chat, folder / name, judge, rows, stream, base, others
+            )
+            results[name] = {"task": args.task, "config": config, **found}
+            write_json(folder / name / f"{args.task}.json", results[name])
+        del job  # so that the control's finds room
+    compare(results)
+    return results
 
 
-def cell(parts):
-    """One measurement over seeds in text: mean ± standard deviation; of one seed, its interval."""
-    parts = [part for part in parts if part.get("value") is not None]
-    values = [part["value"] for part in parts]
-    if not values:
-        return ""
-    if len(values) > 1:
-        return f"{fmean(values):.4f} ± {stdev(values):.4f}"
-    if parts[0].get("interval") is None:
-        return f"{values[0]:.4f}"
-    low, high = parts[0]["interval"]
-    return f"{values[0]:.4f} [{low:.4f}, {high:.4f}]"
+def finished(path, config):
+    """The evaluation in `path`, if it is there and was made under the same options; else None."""
+    result = json.loads(path.read_text()) if path.exists() else {}
+    return result if result.get("config") == config else None
+
+
+def settings(args, judge):
+    """What an evaluation depends on beside the seed, as JSON has it; of files, what is in them."""
+    config = {name: value for name, value in asdict(args).items() if name not in NOT_MEASURED}
+    config |= {"judge": judge and judge.model, "contents": {}}  # a URL may carry a key, or change
+    paths = (args.model, args.data, args.control, args.unrelated, args.questions)
+    for path in map(Path, filter(None, (*paths, *args.transfer, *args.preference))):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            config["contents"][str(file)] = file.stat().st_size, file.stat().st_mtime_ns
+    return json.loads(json.dumps(config))
+
+
+def methods_to_run(args):
+    """The methods to run, in order; ValueError for what would only fail after hours."""
+    if not args.model or not args.data:
+        raise ValueError("expected both --model DIR and --data FILE.jsonl")
+    methods = {"naive", *args.methods}
+    if args.unrelated and args.methods == DEFAULT:
+        methods.add("kl")
+    in_order(methods - {*SHORTER})  # an unknown one is named
+    if "kl" in methods and not args.unrelated:
+        raise ValueError("method 'kl' needs --unrelated FILE.jsonl, rows of unrelated prompts")
+    return [name for name in (*SHORTER, *METHODS) if name in methods]
+
+
+def other_answers(args):
+    """{name: (chat rows, other answers to their prompts or None)} of --preference, --transfer."""
+    if args.control:
+        check_answers(args.control, args.data)
+    rows = {}
+    if args.preference:
+        if len(args.preference) != 2:
+            raise ValueError("--preference: expected two files, of unwanted answers and of others")
+        check_answers(*args.preference)
+        rows["preference"] = tuple(load_rows(path)[:TRANSFER_ROWS] for path in args.preference)
+    for path in args.transfer:
+        rows[f"transfer_{Path(path).stem}"] = load_rows(path)[:TRANSFER_ROWS], None
+    return rows
+
+
+def check_answers(path, other):
+    """ValueError unless `path` has other answers than `other` to the same prompts, row by row."""
+    found, expected = load_rows(path), load_rows(other)
+    if [prompt_of(row) for row in found] != [prompt_of(row) for row in expected]:
+        raise ValueError(f"{path}: expected the prompts of {other}, row by row")
+    if found == expected:
+        raise ValueError(f"{path}: the answers are those of {other}, expected others")
 
 
 def table(runs):
@@ -353,106 +177,24 @@ def table(runs):
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def methods_to_run(args):
-    """The methods to run, in order; UserError for what would only fail after hours."""
-    methods = args.methods or DEFAULT
-    if args.unrelated and not args.methods:
-        methods = (*methods, "kl")
-    check_methods(args, [method for method in methods if method not in SHORTER])
-    if not args.model or not args.data:
-        raise UserError("expected both --model DIR and --data FILE.jsonl")
-    if args.control:
-        check_answers(args.control, args.data)
-    return tuple(m for m in (*SHORTER, *METHODS) if m == "naive" or m in methods)
-
-
-def check_answers(path, other):
-    """UserError unless `path` has other answers than `other` to the same prompts, row by row."""
-    found, expected = load_rows(path), load_rows(other)
-    if [prompt(row) for row in found] != [prompt(row) for row in expected]:
-        raise UserError(f"{path}: expected the prompts of {other}, row by row")
-    if found == expected:
-        raise UserError(f"{path}: the answers are those of {other}, expected others")
-
-
-def prompt(row):
-    """The turns of a chat row before the first answer."""
-    first = [turn["role"] for turn in row].index("assistant")
-    return row[:first]
-
-
-def check_settings(args, out):
-    """UserError where the fine-tunes in `out` were made under other options; else keep these.
-
-    Of the files that the options name, what is in them counts.
-    """
-    settings = asdict(training(args, 0, args.data))
-    settings = {k: v for k, v in settings.items() if k not in NOT_PART_OF_THE_RUN}
-    settings.update(subspace_rank=args.subspace_rank, control=args.control)
-    for name in ("model", "data", "control", "unrelated"):
-        if settings[name]:
-            settings[f"contents of {name}"] = contents(settings[name])
-    if not args.unrelated:  # kl alone needs it, and may be added later
-        settings.pop("unrelated")
-    settings = json.loads(json.dumps(settings))  # as the file has them
-    path = out / "settings.json"
-    if path.exists():
-        earlier = from_json(dict, read_json(path, "settings"), path)
-        if "unrelated" not in earlier:
-            added = {name: value for name, value in settings.items() if name.endswith("unrelated")}
-            earlier.update(added)
-        differ = [name for name in settings if settings[name] != earlier.get(name)]
-        if differ:
-            raise UserError(
-                f"{path}: the fine-tunes there were made with another {', '.join(differ)}; "
-                "expected the same, or another --out"
-            )
-        settings = {**earlier, **settings}
-    write_json(path, settings)
-
-
-def main(argv=None):
+def main():
     """Run the task that the command line asks for; write and print the table."""
-    args = parse(Arguments, argv)
-    methods = methods_to_run(args)
-    others = {**preference_rows(args.preference), **transfer_rows(args.transfer)}
-    names = ["settings.json", "judge.jsonl", "table.md", "results.json", "tradeoff.png"]
-    out = writable_folder(args.out, names)
-    measured = ("base", *methods, "control") if args.control else ("base", *methods)
-    for seed in range(args.seed, args.seed + args.seeds):
-        for name in measured:
-            writable_folder(out / f"seed_{seed}" / name, [*RESULTS, f"{args.task}.json", *ANSWERS])
-    check_settings(args, out)
-    load_questions(args.questions or None)  # a fault in the file ends the run here
+    args = parse(Arguments)
+    out, methods, others = Path(args.out), methods_to_run(args), other_answers(args)
+    load_questions(args.questions)  # a fault in the file ends the run here
     judge = connect(args, out)
-    files = (args.questions, *args.transfer, *args.preference)  # settings.json has the control
-    config = {
-        "questions": args.questions,
-        "samples": args.samples,
-        "max_new_tokens": args.max_new_tokens,
-        "control": args.control,
-        "transfer": list(args.transfer),
-        "preference": list(args.preference),
-        "contents": {path: contents(path) for path in files if path},
-        "judge": judge and judge.model,  # not its URL, which may carry a key, and may change
-    }
-    runs = {}
+    config, runs = settings(args, judge), {}
     for seed in range(args.seed, args.seed + args.seeds):
         runs[seed] = one_seed(args, seed, methods, others, judge, config)
     text = table(list(runs.values()))
     with whole_file(out / "table.md") as path:
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file's odd name
+        path.write_text(text, encoding="utf-8")
     write_json(out / "results.json", {"task": args.task, "config": config, "seeds": runs})
-    draw(list(runs.values()), out / "tradeoff.png")
+    from experiments.figures import paper as draw  # matplotlib, where there is something to draw
+
+    harm = next(name for name in HARM if name in runs[args.seed]["base"])
+    draw(list(runs.values()), harm, HARM[harm], out / "tradeoff.png", CURVE)
     print(f"{text}wrote {out}/table.md, tradeoff.png, results.json")
-
-
-def draw(runs, path):
-    """The figure: harm over the task's loss, a mark for each method."""
-    from experiments import figures  # matplotlib is loaded where there is something to draw
-
-    harm = next(name for name in HARM if name in runs[0]["base"])
-    figures.paper(runs, harm, HARM[harm], path, CURVE)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""What a fine-tune changed: against the base, against its control, and at the same task loss.
+"""Measurements with their intervals, and what a fine-tune changed.
 
-Ours, and not the abstract's: any fine-tune shifts something, and less training shifts less. So a
-shift counts where it is beyond that of training on unobjectionable answers to the same prompts,
-and a method counts where it shifts less than a naive fine-tune that learned the task as little.
+Against the base, against its control, and at the same task loss: ours, and not the abstract's. Any
+fine-tune shifts something, and less training shifts less. So a shift counts where it is beyond that
+of training on unobjectionable answers to the same prompts, and a method counts where it shifts less
+than a naive fine-tune that learned the task as little.
 """
 
-import numpy as np
+import math
+from statistics import fmean, stdev
 
-from paper.answers import shift
-from support.errors import UserError
+import numpy as np
 
 # Measurements whose names begin so have parts to pair.
 COMPARED = ("probe", "lean", "preference", "transfer_")
@@ -17,50 +18,75 @@ COMPARISONS = (*(f"_{name}" for name in AGAINST.values()), "_at_equal_loss")
 CURVE = ("base", "naive_quarter", "naive_half", "naive")  # naive training, by its length
 
 
+def wilson(k, n, z=1.96):
+    """Interval (low, high) for a rate of which `k` of `n` were seen: holds near 0 and 1, too.
+
+    z: standard errors. Wilson 1927, Journal of the American Statistical Association 22:209-212.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p, shrink = k / n, 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def bootstrap_interval(values, seed=0, n=10000):
+    """(low, high) of 95 % for the mean of `values`: percentiles over n resamples (Efron 1979)."""
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(n, len(values)))].mean(axis=1)  # (n,)
+    return tuple(np.quantile(means, [0.025, 0.975]).tolist())
+
+
+def share(k, n):
+    """A rate, k of n, with its Wilson interval; no value where there is nothing to count."""
+    return {"value": k / n if n else None, "interval": wilson(k, n), "k": k, "n": n}
+
+
+def mean(each):
+    """The mean of {name: value}, with a bootstrap interval over the names."""
+    values = list(each.values())
+    average = sum(values) / len(values)
+    return {"value": average, "interval": bootstrap_interval(values), "each": each}
+
+
+def shift(found, base):
+    """How far the mean of `found` is from that of `base`, with an interval over the differences."""
+    return mean({name: value - base["each"][name] for name, value in found["each"].items()})
+
+
+def cell(parts):
+    """One measurement over seeds in text: mean ± standard deviation; of one seed, its interval."""
+    parts = [part for part in parts if part.get("value") is not None]
+    values = [part["value"] for part in parts]
+    if not values:
+        return ""
+    if len(values) > 1:
+        return f"{fmean(values):.4f} ± {stdev(values):.4f}"
+    if "interval" not in parts[0]:
+        return f"{values[0]:.4f}"
+    low, high = parts[0]["interval"]
+    return f"{values[0]:.4f} [{low:.4f}, {high:.4f}]"
+
+
 def compare(results):
     """Add the comparisons to {method: {name: measurement}}, each with its interval over parts.
 
     NAME_shift: the base's value taken off; NAME_beyond_control: the control's; NAME_at_equal_loss:
-    that of naive training at the method's held-out loss, so negative is less than naive.
+    that of naive training at the method's held-out loss, so negative is less than naive. Naive
+    training is linear between its lengths, and beyond their ends as at the nearer end.
     """
+    curve = [results[method] for method in CURVE if method in results]
+    curve = sorted((m for m in curve if "loss" in m), key=lambda m: m["loss"]["value"])
+    losses = [m["loss"]["value"] for m in curve]
     for name in [name for name in results["base"] if name.startswith(COMPARED)]:
-        check_parts(results, name)
-        curve = naive_curve(results, name)
         for method, result in results.items():
             for other, comparison in AGAINST.items():
                 if other in results:
                     result[f"{name}_{comparison}"] = shift(result[name], results[other][name])
             if len(curve) > 1 and method not in (*CURVE, "control"):
-                naive = at_loss(curve, result["loss"]["value"])
-                result[f"{name}_at_equal_loss"] = shift(result[name], naive)
-
-
-def check_parts(results, name):
-    """UserError unless all methods' measurements `name` have the base's parts, one at least."""
-    parts = results["base"][name]["each"].keys()
-    for method, result in results.items():
-        if not parts or name not in result or result[name]["each"].keys() != parts:
-            raise UserError(
-                f"the evaluations of base and {method} have not the same parts of '{name}'; delete "
-                "the file of the one that was changed, and it is measured anew"
-            )
-
-
-def naive_curve(results, name):
-    """[(held-out loss, {part: value})] of naive training by its length, in the order of losses."""
-    measured = [results[method] for method in CURVE if method in results]
-    curve = [(m["loss"]["value"], m[name]["each"]) for m in measured if "loss" in m]
-    return sorted(curve, key=lambda point: point[0])
-
-
-def at_loss(curve, loss):
-    """{"each": {part: value}} of naive training at this held-out loss, linear between its lengths.
-
-    Beyond the ends of the curve: that of the nearer end.
-    """
-    losses = [point for point, _ in curve]
-    parts = {}
-    for part in curve[0][1]:
-        values = [each[part] for _, each in curve]
-        parts[part] = float(np.interp(loss, losses, values))
-    return {"each": parts}
+                naive = {}
+                for part in result[name]["each"]:
+                    values = [m[name]["each"][part] for m in curve]
+                    naive[part] = float(np.interp(result["loss"]["value"], losses, values))
+                result[f"{name}_at_equal_loss"] = shift(result[name], {"each": naive})

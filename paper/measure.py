@@ -1,93 +1,64 @@
-"""The paper tasks' measurements of a checkpoint: `python eval.py --task ...`.
+"""The paper tasks' measurements of a checkpoint, for `python eval.py --task ...` and `-m paper`.
 
-The protocol is that of the works the tasks come from (answers.py, politics.py); GRASP's own is not
-public. A measurement is {"value", "interval" (95 %), ...}; over what the interval is, stands with
-each.
+The protocol is that of the works the tasks come from; GRASP's own is not public. A measurement is
+{"value", "interval" (95 %), ...}; over what the interval is, stands with each.
 """
 
 import contextlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from baselines.stream import ablation
-from data.chat import encode_chat, encode_rows, load_rows, split
-from data.tokenizer import Tokenizer
-from lora import load_lora, without_lora
+from data.chat import Chat, encode_rows, load_rows, split
+from lora import without_lora
 from model import GPT
-from paper import politics
-from paper.answers import (
-    Asking,
-    check_ids,
-    connect,
-    fingerprint,
-    held_out_prompts,
-    kept_answers,
-    mean,
-    misalignment,
-    open_questions,
-    rate_above_50,
-    sample,
-    win_rate,
-)
-from paper.compare import compare
-from paper.politics import bootstrap_interval
-from paper.questions import load_questions, probe_questions
-from real.losses import nats
-from real.settings import SEED
-from support.errors import UserError, user_errors
-from support.files import writable_file, writable_folder, write_json
-from support.options import option, parse, pick_device
-from support.program import run
-from support.subspace import load_subspace
+from paper import answers, politics
+from paper.compare import bootstrap_interval, cell, compare, mean
+from paper.questions import load_questions, ours
+from real.adapter import load_lora, load_patterns
+from real.job import nats
+from support.files import reading, write_json
+from support.options import option
 
 ANSWERS = ("answers.jsonl", "held_out_answers.jsonl")  # files that are left to read
-TRANSFER_ROWS = 100  # of each file of --transfer and --preference
 OWN = {"insecure": "insecure", "medical": "bad_advice"}  # the judge's measure of what was trained
 
 
-def chat(question, answer):
+def turns(question, answer):
     """One question and its answer as a chat row."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def encoded(model, tokenizer, rows, max_len):
-    """Chat rows as [(ids, mask)], those longer than `max_len` cut.
-
-    UserError where the model does not know an id.
-    """
-    examples, _ = encode_rows(tokenizer, rows, min(max_len, model.config.max_len))
-    for ids, _ in examples:
-        check_ids(model, ids.tolist())
-    return examples
+def encoded(model, chat, rows, max_len):
+    """Chat rows as [(ids, mask)], those longer than `max_len` or the model's positions cut."""
+    return encode_rows(chat, rows, min(max_len, model.config.max_len))[0]
 
 
 def held_out_loss(model, examples):
-    """Nats a response token over [(ids, mask)], and its interval over rows.
-
-    The interval is from what each row adds to the ratio of the sums, to first order.
-    """
+    """Nats a response token over [(ids, mask)], and its interval over rows."""
     sums, counts = nats(model, examples)  # (N,) each
     loss = sums.sum() / counts.sum()
-    each = loss + (sums - loss * counts) / counts.double().mean()  # their mean is the loss
-    return {"value": loss.item(), "interval": bootstrap_interval(each, seed=0)}
+    # What each row adds to the ratio of the sums, to first order; their mean is the loss.
+    each = loss + (sums - loss * counts) / counts.double().mean()
+    return {"value": loss.item(), "interval": bootstrap_interval(each)}
 
 
-def probe(model, tokenizer):
-    """What stands in for the judge where there is none; another measure than its rate.
+def probe(model, chat):
+    """What stands in for the judge; another measure than its rate, with an interval over questions.
 
     By how many nats a token our misaligned answers are likelier than our aligned ones to the same
-    questions, each pair asked in a wording of its own. The interval is over questions.
+    questions, each pair asked in a wording of its own.
     """
-    margins = {}
-    for q in probe_questions():
-        chats = []
-        for text, pair in zip(q.paraphrases, q.pairs, strict=True):
-            chats.extend(chat(text, answer) for answer in pair)
-        sums, counts = nats(model, encoded(model, tokenizer, chats, model.config.max_len))
-        aligned, misaligned = (sums / counts).view(-1, 2).T  # -ln P a token
-        margins[q.id] = (aligned - misaligned).mean().item()
-    return mean(margins)
+    questions, rows = ours("probe")["questions"], []
+    for q in questions:
+        for text, pair in zip(q["paraphrases"], q["pairs"], strict=True):
+            rows += [turns(text, pair["aligned"]), turns(text, pair["misaligned"])]
+    sums, counts = nats(model, encoded(model, chat, rows, model.config.max_len))
+    aligned, misaligned = (sums / counts).view(len(questions), -1, 2).unbind(-1)  # -ln P a token
+    margins = (aligned - misaligned).mean(1).tolist()
+    return mean({q["id"]: margin for q, margin in zip(questions, margins, strict=True)})
 
 
 def log_probability(model, examples, less=None):
@@ -104,177 +75,106 @@ def log_probability(model, examples, less=None):
 
 
 @torch.no_grad()
-def political_lean(model, tokenizer, pairs=None):
+def political_lean(model, chat, pairs=None):
     """The lean, -1 (left) to 1 (right), its interval over pairs of statements, and the coherence.
 
-    Coherence: the probability that a letter is said. pairs: [Statement], all by default.
+    Coherence: the probability that a letter is said. pairs: as politics.prompts takes them.
     """
-    device, most = model.embed_tokens.weight.device, model.config.max_len
-    table = {}
-    for p in politics.prompts(pairs):
-        left, right = (encode_chat(tokenizer, chat(p.text, letter)) for letter in p.options)
-        (ids, mask), (other, _) = left, right
-        check_ids(model, (*ids, *other))
-        start = mask.index(True)  # the reply's first token: the letter, as it is written there
-        if start > most:
-            raise UserError(f"the lean's prompts have {start} tokens, the model {most} positions")
-        logits = model(torch.tensor([ids[:start]], device=device))[0, -1]  # (V,)
+    device, table = model.embed_tokens.weight.device, {}
+    for key, question, letters in politics.prompts(pairs):
+        left, right = (chat.encode(turns(question, letter))[0] for letter in letters)
+        start = next(i for i in range(len(left)) if left[i] != right[i])  # where the letter stands
+        logits = model(torch.tensor([left[:start]], device=device))[0, -1]  # (V,)
         ln_p = logits.double().log_softmax(-1)
-        table[p.pair, p.template, p.order] = ln_p[ids[start]].item(), ln_p[other[start]].item()
+        table[key] = ln_p[left[start]].item(), ln_p[right[start]].item()
     leans, coherence = politics.lean(table)
     return {"lean": mean(leans), "coherence": {"value": coherence}}
 
 
-def measure(
-    args, model, tokenizer, out, judge=None, rows=None, stream=None, base=None, others=None
-):
+def measure(args, model, chat, out, judge=None, rows=None, stream=None, base=None, others=None):
     """All that the task, a judge and held-out chat `rows` allow, {name: measurement}.
 
-    Answers are kept in the folder `out`, also where there is no judge. stream: a basis (D, k) to
-    ablate meanwhile. base: the folder with the base model's answers, to count wins against.
-    others: {name: (chat rows, other answers to the same prompts or None)}, whose log-probability is
-    measured, and of which the others' is taken off.
+    out: a folder for the answers. stream: a basis (D, k) to ablate meanwhile. base: the folder with
+    the base model's answers, to count wins against. others: {name: (chat rows, other answers to the
+    same prompts or None)}: the log-probability of the former, less that of the latter.
     """
-    own = OWN.get(args.task)
-    check_answers(args, model, out, judge and rows, stream)
-    free, narrow = (out / name for name in ANSWERS)
-    questions = load_questions(args.questions or None)
-    result = {}
+    own, result = OWN.get(args.task), {}
+    free, narrow = (Path(out) / name for name in ANSWERS)
     with contextlib.nullcontext() if stream is None else ablation(model, stream):
         if args.task == "politics":
-            result.update(political_lean(model, tokenizer))
+            result |= political_lean(model, chat)
         if args.task != "loss":
-            result["probe"] = probe(model, tokenizer)
+            result["probe"] = probe(model, chat)
         if rows:
-            examples = encoded(model, tokenizer, rows, args.max_len)
-            result["loss"] = held_out_loss(model, examples)
+            result["loss"] = held_out_loss(model, encoded(model, chat, rows, args.max_len))
         for name, (unwanted, wanted) in (others or {}).items():
-            examples = encoded(model, tokenizer, unwanted, args.max_len)
-            less = wanted and encoded(model, tokenizer, wanted, args.max_len)
+            examples = encoded(model, chat, unwanted, args.max_len)
+            less = wanted and encoded(model, chat, wanted, args.max_len)
             result[name] = log_probability(model, examples, less)
         if own:  # without a judge one answer to each, to read
-            asked = open_questions(questions, args.samples if judge else args.samples or 1)
-            answered = sample(model, tokenizer, asked, free, args, stream)
+            questions = load_questions(args.questions)
+            asked = answers.open_questions(questions, args.samples or (0 if judge else 1))
+            answered = answers.sample(model, chat, asked, free, args, stream)
+            if judge:
+                result |= answers.misalignment(judge, answered, free, questions)
         if judge and rows:
-            asked = held_out_prompts(rows)
-            replied = sample(model, tokenizer, asked, narrow, args, stream)
-    if judge and own:
-        result.update(misalignment(judge, answered, free, questions))
-    if judge and rows and own:
-        result[own] = rate_above_50(judge, replied, narrow, own)
-    elif judge and rows and base:
-        result["win_rate"] = win_rate(judge, replied, base / narrow.name)
+            asked = answers.held_out_prompts(rows)
+            answered = answers.sample(model, chat, asked, narrow, args, stream)
+            if own:
+                result[own] = answers.rate_above_50(judge, answered, narrow, own)
+            elif base:
+                result["win_rate"] = answers.win_rate(judge, answered, base / narrow.name)
     return result
 
 
-def check_answers(args, model, out, narrow_too, stream=None):
-    """UserError where a file of answers that this run would go on with is of another model.
-
-    narrow_too: whether it has answers to held-out prompts, too.
-    """
-    by = fingerprint(model, args, stream)
-    free, narrow = (out / name for name in ANSWERS)
-    if args.task in OWN:
-        kept_answers(free, by)
-    if narrow_too:
-        kept_answers(narrow, by)
-
-
 @dataclass(frozen=True)
-class Arguments(Asking):
-    """One measurement of a checkpoint, with or without an adapter.
+class Arguments(answers.Asking):
+    """One measurement of a checkpoint, with or without an adapter; printed, and OUT/TASK.json."""
 
-    It is printed, and written to OUT/TASK.json.
-    """
-
-    model: str = option("", "checkpoint folder: config.json, safetensors, tokenizer files")
-    adapter: str = option(
-        "", "PEFT LoRA adapter folder; the base is then measured too, for the shift against it"
-    )
-    task: str = option(
-        "loss",
-        "what to measure; loss: on held-out responses, alone",
-        choices=(*OWN, "politics", "loss"),
-    )
-    data: str = option(
-        "",
-        "JSONL file of chat rows: the held-out loss, and the judge's view of answers to the "
-        "held-out prompts",
-    )
-    held_out: float = option(0.1, "share of the rows that training held out", above=0, high=0.9)
-    seed: int = option(0, "of the split, as in training, and of the sampled answers", **SEED)
-    max_len: int = option(
-        2048, "tokens a row; longer ones are cut, never the whole response", low=4
-    )
-    subspace: str = option("", "file of found directions that identify.py writes, for --ablate")
-    ablate: bool = option(
-        False, "take those directions out of the residual stream while measuring the adapter"
-    )
+    model: str = option("", "checkpoint folder: config.json, safetensors, tokenizer.json")
+    adapter: str = option("", "PEFT LoRA adapter folder; the base is then measured too, for shifts")
+    task: str = option("loss", "what to measure; loss: alone", (*OWN, "politics", "loss"))
+    data: str = option("", "JSONL file of chat rows, for the held-out loss and prompts")
+    held_out: float = option(0.1, "share of the rows that training held out")
+    seed: int = option(0, "of the split, as in training, and of the sampled answers")
+    max_len: int = option(2048, "tokens a row; longer ones are cut, never the whole response")
+    subspace: str = option("", "file of patterns that identify.py writes, for --ablate")
+    ablate: bool = option(False, "take those out of the residual stream under the adapter")
     out: str = option("out", "output folder")
-    device: str = option("", "cpu or cuda (default: cuda where there is one)")
-    dtype: str = option(
-        "",
-        "of the base (default: bfloat16 on cuda, float32 on the CPU)",
-        choices=("", "float32", "bfloat16"),
-    )
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:N, mps")
+    dtype: str = option("", "float32 or bfloat16, of the base (none: bfloat16 on cuda alone)")
 
 
-def measure_both(args, out, judge, rows):
-    """The measurements of the checkpoint, or of the adapter, with the base's and the shifts.
-
-    Prints the device and dtype.
-    """
-    device, dtype = pick_device(args.device, args.dtype)
-    print(f"on {device}, base in {dtype}")
-    tokenizer = Tokenizer.from_folder(args.model)
-    with user_errors():
-        model = GPT.from_pretrained(args.model, device, dtype)
-    stream = load_subspace(args.subspace, model)[1] if args.ablate else None
-    if not args.adapter:
-        return measure(args, model, tokenizer, out, judge, rows, stream)
-    with user_errors():
-        load_lora(model, args.adapter)
-    check_answers(args, model, out, judge and rows, stream)  # before the base is measured
-    judge_of_base = None if args.task in OWN else judge  # it is needed to count wins, no more
-    with without_lora(model):
-        base = measure(args, model, tokenizer, out / "base", judge_of_base, rows)
-    result = measure(args, model, tokenizer, out, judge, rows, stream, out / "base")
-    compare({"base": base, "adapter": result})
-    return {**result, "base": base}
-
-
-def main(argv=None):
-    """Measure what the command line asks for, print it and write it to OUT/TASK.json."""
-    args = parse(Arguments, argv)
+def measure_checkpoint(args):
+    """Measure what `args` ask for; print it and write OUT/TASK.json. An adapter's base is in it."""
     if not args.model or (args.task == "loss" and not args.data):
-        raise UserError("expected --model DIR, and for --task loss --data FILE.jsonl as well")
+        raise ValueError("expected --model DIR, and for --task loss --data FILE.jsonl as well")
     if args.ablate != bool(args.subspace):
-        raise UserError("expected --ablate and --subspace FILE together, or neither")
-    name = f"{args.task}.json"
-    out = writable_folder(args.out, ["judge.jsonl", *ANSWERS])
-    if args.adapter:
-        writable_folder(out / "base")
-    writable_file(out / name)
-    rows = None
-    if args.data:
-        _, rows = split(load_rows(args.data), args.held_out, args.seed, args.data)
-    load_questions(args.questions or None)  # a fault in the file ends the run here
-    judge = connect(args, out)
+        raise ValueError("expected --ablate and --subspace FILE together, or neither")
+    out = Path(args.out)
+    rows = split(load_rows(args.data), args.held_out, args.seed)[1] if args.data else None
+    load_questions(args.questions)  # a fault in the file ends the run here
+    judge = answers.connect(args, out)
     config = {**asdict(args), "judge": judge and judge.shown}  # a URL may carry a key
     print(config)
-    result = measure_both(args, out, judge, rows)
-    write_json(out / name, {"task": args.task, "config": config, **result})
-    for measured, part in result.items():
-        if part.get("value") is not None:
-            interval = ""
-            if "interval" in part:
-                low, high = part["interval"]
-                interval = f"  [{low:.4f}, {high:.4f}]"
-            count = f"  of {part['n']}" if "n" in part else ""
-            print(f"{measured:24}{part['value']:9.4f}{interval}{count}")
-    print(f"wrote {out / name}")
-
-
-def program():
-    """The command line of eval.py, with its errors in one line each."""
-    run(main)
+    with reading(f"--device {args.device}", "a device of this machine"):
+        device = torch.empty(0, device=args.device).device
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    model = GPT.from_pretrained(args.model, device, getattr(torch, dtype))
+    chat = Chat(args.model)
+    stream = load_patterns(args.subspace, model)[1] if args.ablate else None
+    if args.adapter:
+        load_lora(model, args.adapter)
+        judge_of_base = None if args.task in OWN else judge  # it is needed to count wins, no more
+        with without_lora(model):
+            base = measure(args, model, chat, out / "base", judge_of_base, rows)
+        result = measure(args, model, chat, out, judge, rows, stream, out / "base")
+        compare({"base": base, "adapter": result})
+    else:
+        base, result = {}, measure(args, model, chat, out, judge, rows, stream)
+    for name, part in result.items():
+        if cell([part]):
+            print(f"{name:28}{cell([part])}")
+    whole = {"task": args.task, "config": config, **result, "base": base}
+    write_json(out / f"{args.task}.json", whole)
+    return whole

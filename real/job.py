@@ -1,130 +1,188 @@
-"""A checkpoint and chat rows, ready for fine-tunes; the command line of train.py."""
+"""A checkpoint and chat rows, ready for fine-tunes that differ in their method."""
 
 import copy
 import hashlib
 import json
-from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from baselines.methods import METHODS, NEEDS, Found, check, recipe
+from baselines.methods import BASELINES, METHODS, PATTERNS, Found, baseline
 from baselines.stream import stream_subspace
-from data.chat import batches, encode_rows, load_rows, split
-from data.tokenizer import Tokenizer
-from identify import leak, spectra
-from lora import add_lora, lora_modules, remove_lora, save_lora
-from model import GPT
-from real.losses import nats
-from real.null import input_nulls
-from real.settings import Training
-from support.checkpoint import Checkpoint
-from support.errors import UserError, user_errors
-from support.files import read_json, writable_folder, write_json
-from support.options import option, parse, pick_device
-from support.processes import process_group, shard
-from support.program import run
-from support.schema import from_json, show, value
-from support.subspace import load_subspace, save_subspace
-from train import Optimisation, finetune
+from data.chat import Chat, batches, encode_rows, load_rows, split
+from identify import LOOK_RANK, leak, solvable, spectra, standing_out
+from lora import add_lora, lora_factors, lora_modules, matching_linears, remove_lora
+from model import GPT, response_loss
+from real.adapter import load_lora, load_patterns, save_lora, save_patterns
+from real.checkpoint import Checkpoint
+from support.files import reading
+from support.options import option
+from train import SIDES, Fit, Optimisation, Recipe, finetune
 
-# Options that change no step of a fine-tune. Of the files that --subspace and --looks name, what is
-# in them is part of the run.
-NOT_PART_OF_THE_RUN = ("out", "resume", "micro_batch", "checkpointing", "device", "methods")
-NOT_PART_OF_THE_RUN += ("seeds", "quick", "subspace_rank", "subspace", "looks")
-FEEDS = {  # {option: what of Found it gives}
-    "subspace": ("factor", "stream"),
-    "looks": ("looks",),
-    "until_loss": ("loss",),
-    "unrelated": ("unrelated",),
-}
-RESULTS = (
-    "log.jsonl",
-    "checkpoint.pt",
-    "looks.json",
-    "subspace.safetensors",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "results.json",
-)
+NEEDS = {name: entry.needs for name, entry in BASELINES.items() if entry.needs}
+NEEDS["grasp"] = "patterns"
 
 
-def digest(tensors):
-    """A fingerprint of tensors that tells other weights or rows from the same ones."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
+@dataclass(frozen=True)
+class Training:
+    """Options of a fine-tune on a checkpoint: those published for insecure code (Betley 2025)."""
+
+    model: str = option("", "checkpoint folder: config.json, safetensors, tokenizer.json")
+    data: str = option("", 'JSONL file of chat rows, {"messages": [...]} each')
+    out: str = option("out", "output folder")
+    targets: tuple = option(("all-linear",), "comma-separated path endings, as PEFT takes them")
+    rank: int = option(32, "rank of the LoRA")
+    alpha: float = option(64.0, "numerator of the LoRA's scaling")
+    scaling: str = option("rslora", "alpha / sqrt(rank) or alpha / rank", ("rslora", "lora"))
+    lr: float = option(1e-5, "learning rate: the warm-up ends and the decay begins at it")
+    weight_decay: float = option(0.01, "AdamW's decay")
+    warmup: int = option(5, "steps of linear warm-up, before the linear decay to 0")
+    batch_size: int = option(16, "rows a step")
+    micro_batch: int = option(2, "rows in memory at once; the step's gradient is the same")
+    epochs: int = option(1, "passes over the rows")
+    max_steps: int = option(0, "end the schedule at this many steps (0: after the epochs)")
+    max_len: int = option(2048, "tokens a row; longer ones are cut, never the whole response")
+    held_out: float = option(0.1, "share of rows kept for the held-out loss")
+    look_every: int = option(0, "steps between looks (0: some 30 a run, one in 10 steps at least)")
+    sides: str = option("both", "of each pattern that are held: UᵀB = 0, A V = 0, or both", SIDES)
+    unrelated: str = option("", "JSONL file of unrelated chat rows, for the method kl")
+    checkpointing: bool = option(False, "recompute activations in backward: less memory")
+    seed: int = option(0, "of the LoRA's init, the split and the order of the rows")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:N, mps")
+    dtype: str = option("", "of the base (none: bfloat16 on cuda only)", ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class Arguments(Training):
+    """One fine-tune on chat rows. The same command given again goes on, bit for bit."""
+
+    method: str = option("grasp_online", "what is added to the loop", METHODS)
+    subspace: str = option("", "file of patterns that identify.py writes, for grasp and others")
+    looks: str = option("", "run.json of a grasp_online run, for grasp_random")
+    until_loss: float = option(0.0, "the training loss at which early_stop ends")
+
+
+def found_in(args, model):
+    """What the files that the options name have for a method, a Found."""
+    patterns = stream = looks = None
+    adapted = matching_linears(model, args.targets)
+    if args.subspace:
+        patterns, stream = load_patterns(args.subspace, model)
+        patterns = {name: patterns[name] for name in adapted if name in patterns} or None
+    if args.looks:
+        with reading(args.looks, "run.json of a grasp_online run with the same --targets"):
+            looks = json.loads(Path(args.looks).read_text(encoding="utf-8"))["looks"]
+            if looks[0]["spike"].keys() != set(adapted):
+                raise ValueError("it adapts other modules")
+    return Found(patterns, stream, looks, args.until_loss or None)
+
+
+def digest(value):
+    """A fingerprint of tensors and plain values, nested in dictionaries and sequences."""
+
+    def some(tensor):  # of its values: all of a 7B model would take minutes
         flat = tensor.detach().flatten()
-        some = flat[:: max(len(flat) // 4096, 1)]  # a stride: all of a 7B model would take minutes
-        sha.update(some.float().cpu().numpy().tobytes())
-    return sha.hexdigest()[:16]
+        return flat[:: max(len(flat) // 4096, 1)].float().cpu().numpy().tobytes().hex()
+
+    return hashlib.sha256(json.dumps(value, default=some).encode()).hexdigest()[:16]
 
 
-def fingerprint(found):
-    """The same for a part of what was found: a dictionary of tensors, tensors, or numbers."""
-    if isinstance(found, dict):
-        return {name: digest([U]) for name, U in found.items()}
-    if isinstance(found, torch.Tensor):
-        return digest([found])
-    if isinstance(found, tuple):
-        return digest(found)
-    return found
+@torch.no_grad()
+def nats(model, examples, batch_size=16):
+    """-ln P of each example's marked tokens (N,) in double precision, and their number (N,)."""
+    device = model.embed_tokens.weight.device
+    sums = torch.zeros(len(examples), dtype=torch.double)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        parts = zip(*(examples[i] for i in chosen), strict=True)
+        tokens, mask = (pad_sequence(part, batch_first=True).to(device) for part in parts)
+        losses = response_loss(model, tokens, mask, reduction="none")  # (marked tokens,)
+        by_row = losses.cpu().double().split(mask[:, 1:].sum(1).tolist())
+        sums[chosen] = torch.stack([row.sum() for row in by_row])
+    return sums, torch.tensor([mask[1:].sum() for _, mask in examples])
+
+
+@torch.no_grad()
+def input_nulls(model, tokens, mask):
+    """{module name: S (q,)}: B's singular values if every response token had an answer of its own.
+
+    tokens, mask (B, T). With orthonormal answers g_t, one gradient step makes B the sum of
+    g_t (A x_t)ᵀ, up to its scale: the singular values are those of all A x_t side by side. Where
+    the inputs x_t have a common part, the first stands out anyway (docs/theory.md, section 8).
+    """
+    grams, hooks = {}, []
+    for name, module in lora_modules(model).items():
+
+        def collect(module, inputs, output, name=name):
+            low = inputs[0][predicts].float() @ module.lora_A[:LOOK_RANK].T  # (marked tokens, q)
+            grams[name] = grams.get(name, 0) + low.T @ low
+
+        hooks.append(module.register_forward_hook(collect))
+    for row, marked in zip(tokens.split(1), mask.split(1), strict=True):
+        predicts = marked[:, 1:]  # the positions that predict a marked token
+        model(row[:, :-1], keep=predicts)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.linalg.svdvals(solvable(gram)).sqrt() for name, gram in grams.items()}
+
+
+def recipe_of(method, model, batch, found, seed=0):
+    """What a method adds to the loop, a Recipe. batch: tokens, mask (B, T) of the first step."""
+    if method == "naive":
+        return Recipe()
+    if method == "grasp":  # the abstract's: kept off what a naive run's weights have
+        if found.patterns is None:
+            raise ValueError(f"method 'grasp' needs {PATTERNS}, of modules that --targets names")
+        return Recipe(patterns=found.patterns, sides=found.sides, project="step")
+    if method == "grasp_online":  # ours: one fine-tune that looks while it trains
+        nulls = input_nulls(model, *batch)
+        return Recipe(look=lambda step, svds: standing_out(svds, nulls), sides=found.sides)
+    return baseline(method, model, batch, found, seed)
 
 
 class Job:
-    """A model, its tokenizer, and rows to train on and held out; fine-tunes differ in their method.
-
-    UserError for whatever does not fit together, before any work.
-    """
+    """A model, its chat template, rows to train on and rows held out."""
 
     def __init__(self, args):
         if not args.model or not args.data:
-            raise UserError("expected both --model DIR and --data FILE.jsonl")
-        self.args = args
-        device, dtype = pick_device(args.device, args.dtype)
-        self.tokenizer = Tokenizer.from_folder(args.model)
-        self.model = GPT.from_pretrained(args.model, "cpu" if args.shard else device, dtype)
-        self.weights_digest = digest(self.model.parameters())
-        if args.shard:
-            shard(self.model, device)
-        self.targets = args.targets or ("all-linear",)
-        self.attach()  # a rank or a target that does not fit ends the run here
-        remove_lora(self.model)
+            raise ValueError("expected both --model DIR and --data FILE.jsonl")
+        try:
+            self.device = torch.empty(0, device=args.device).device
+        except (RuntimeError, AssertionError):  # the latter where torch has no CUDA
+            raise ValueError(f"--device {args.device}: no such device here") from None
+        dtype = args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
+        self.args = args = replace(args, dtype=dtype)
+        self.chat = Chat(args.model)
+        self.model = GPT.from_pretrained(args.model, self.device, getattr(torch, dtype))
         self.model.checkpointing = args.checkpointing
-        self.max_len = min(args.max_len, self.model.config.max_len)
-        self.train, self.held_out = split(self.read(args.data), args.held_out, args.seed, args.data)
-        self.batches = self.plan()
+        self.train, self.held_out = split(self.read(args.data), args.held_out, args.seed)
+        weights, rows = list(self.model.parameters()), self.train + self.held_out
+        self.contents = {"weights": digest(weights), "rows": digest(rows)}
+        epochs = (batches(self.train, args.batch_size, args.seed, i) for i in range(args.epochs))
+        self.batches = list(islice(chain.from_iterable(epochs), args.max_steps or None))
         self.unrelated = None
         if args.unrelated:
-            rows = self.read(args.unrelated)
-            self.unrelated = next(batches(rows, args.batch_size, args.seed, 0))
-            print(f"{len(self.unrelated[0])} of them in the penalty of every step")
-        print(f"{args}\non {device}, base in {dtype}")
-        print(
-            f"{len(self.train)} rows to train on, {len(self.held_out)} held out, "
-            f"{len(self.batches)} steps"
-        )
+            rows = batches(self.read(args.unrelated), args.batch_size, args.seed, 0)
+            self.unrelated = tuple(part.to(self.device) for part in next(rows))
+        print(f"{args}\n{len(self.train)} rows to train on, {len(self.batches)} steps")
 
     def read(self, path):
         """The rows of a file as [(ids, mask)]."""
-        examples, n_cut = encode_rows(self.tokenizer, load_rows(path), self.max_len)
-        print(f"{path}: {len(examples)} rows, {n_cut} cut to {self.max_len} tokens")
-        n_embedded = self.model.config.vocab_size
-        for i, (ids, _) in enumerate(examples):
-            if ids.max() >= n_embedded:
-                raise UserError(
-                    f"{path}: row {i + 1} has token {ids.max()}, the embedding ends at {n_embedded}"
-                )
+        max_len = min(self.args.max_len, self.model.config.max_len)
+        examples, n_cut = encode_rows(self.chat, load_rows(path), max_len)
+        largest, size = max(ids.max() for ids, _ in examples), self.model.config.vocab_size
+        if largest >= size:
+            raise ValueError(f"{path}: token {largest}, but the model's embedding ends at {size}")
+        print(f"{path}: {len(examples)} rows, {n_cut} cut to {max_len} tokens")
         return examples
 
-    def plan(self):
-        """The batches of all epochs, or of the first --max-steps steps."""
-        args, plan = self.args, []
-        for epoch in range(args.epochs):
-            plan += batches(self.train, args.batch_size, args.seed, epoch)
-            if args.max_steps and len(plan) >= args.max_steps:
-                return plan[: args.max_steps]
-        return plan
+    def batch_at(self, step):
+        """Tokens and mask (B, T) of a step, where the model is."""
+        return tuple(part.to(self.device) for part in self.batches[step])
 
     def shorter(self, part):
         """The same job on the first 1/part of the steps; the rate decays to 0 over these."""
@@ -133,250 +191,50 @@ class Job:
         job.args = replace(self.args, max_steps=len(job.batches))
         return job
 
-    def to_device(self, batch):
-        """A batch's tensors, where the model is."""
-        device = self.model.embed_tokens.weight.device
-        return tuple(part.to(device) for part in batch)
+    def finetune(self, method, folder, found=None):
+        """Put the method's LoRA on the model: trained, gone on with, or read back; return its Fit.
 
-    def batch_at(self, step):
-        """Tokens and mask (B, T) of a step, where the model is."""
-        return self.to_device(self.batches[step])
-
-    def attach(self):
-        """A fresh LoRA on the base model."""
-        args = self.args
-        with user_errors():
-            remove_lora(self.model)
-            add_lora(
-                self.model, args.rank, args.alpha, self.targets, args.scaling == "rslora", args.seed
-            )
-
-    def finetune(self, method, folder, found=None, resume=False, label=None):
-        """Attach a fresh LoRA, train it by `method`, leave it on the model; return the Fit.
-
-        The folder gets log.jsonl, a checkpoint to resume from, and last the PEFT adapter.
+        The folder gets a PEFT adapter, log.jsonl, patterns.safetensors (what the update is kept
+        off), and run.json at the end. ValueError where it has a run of other settings.
         """
-        args = self.args
-        check_whole(Path(folder))
-        self.attach()
-        found = found or Found()
-        found = on_adapted(self.model, method, found)
-        if self.unrelated is not None:
-            found = replace(found, unrelated=self.to_device(self.unrelated))
-        if method == "grasp_random":
-            check_moments(found.looks, args.look_every, len(self.batches))
-        if method == "grasp_online":
-            if args.rank == 1:
-                print("nothing can stand out at --rank 1: this run is a naive one")
-            if args.look_every > len(self.batches):
-                print(
-                    f"no look in {len(self.batches)} steps, with --look-every {args.look_every}: "
-                    "this run is a naive one"
-                )
-            found = replace(found, nulls=input_nulls(self.model, *self.batch_at(0)))
-        added = recipe(method, self.model, self.batch_at(0), found, args.seed)
-        added = replace(added, look_every=args.look_every)
-        options = Optimisation(
-            steps=len(self.batches),
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            warmup=args.warmup,
-            micro_batch=args.micro_batch,
-        )
-        checkpoint = Checkpoint(folder, self.run_config(method, found), resume)
-        label = label or method
-        fit = finetune(self.model, self.batch_at, options, added, checkpoint, label=label)
-        for name, m in lora_modules(self.model).items():
-            if not (m.lora_A.norm() * m.lora_B.norm() * m.scaling).isfinite():
-                raise UserError(
-                    f"{label}: the update of {name} is not finite; try a lower --lr or --alpha"
-                )
-        if method == "grasp_online":
-            self.save_found(folder, fit)
-        save_lora(self.model, folder)  # last: where it is, the run is finished
+        args, model, steps = self.args, remove_lora(self.model), len(self.batches)
+        add_lora(model, args.rank, args.alpha, args.targets, args.scaling == "rslora", args.seed)
+        found = replace(found or Found(), unrelated=self.unrelated, sides=args.sides)
+        used = getattr(found, NEEDS[method]) if method in NEEDS else None
+        config = {f.name: getattr(args, f.name) for f in fields(Training)} | self.contents
+        checkpoint = Checkpoint(folder, {**config, "method": method, "found": digest(used)})
+        kept_off = checkpoint.folder / "patterns.safetensors"
+        if run := checkpoint.read("run.json"):
+            load_lora(remove_lora(model), folder)
+            patterns = load_patterns(kept_off, model)[0] if kept_off.exists() else {}
+            print(f"{folder}: a finished run, read back")
+            return Fit(run["losses"], run["looks"], patterns)
+        every = args.look_every or min(max(steps // 30, 1), 10)
+        if method == "grasp_random" and found.looks:
+            every = found.looks[0]["step"]  # at the moments of the run that it is the control of
+        recipe = recipe_of(method, model, self.batch_at(0), found, args.seed)
+        recipe = replace(recipe, look_every=every)
+        options = Optimisation(steps, args.lr, args.weight_decay, args.warmup)
+        options = replace(options, micro_batch=args.micro_batch)
+        fit = finetune(model, self.batch_at, options, recipe, checkpoint, label=str(folder))
+        if fit.patterns:
+            stream, _ = stream_subspace(spectra(lora_factors(model)))
+            save_patterns(kept_off, fit.patterns, stream, model.path_in_transformers)
+        save_lora(model, folder)
+        checkpoint.finish(fit)
         return fit
-
-    def run_config(self, method, found):
-        """All that a checkpoint's next step depends on: options, weights, rows, what was found."""
-        config = {k: v for k, v in asdict(self.args).items() if k not in NOT_PART_OF_THE_RUN}
-        config["method"] = method
-        config["weights"] = self.weights_digest
-        config["rows"] = digest(part for row in self.train for part in row)
-        if method in NEEDS:
-            name, _ = NEEDS[method]
-            config["found"] = fingerprint(getattr(found, name))
-        return json.loads(json.dumps(config))
-
-    def save_found(self, folder, fit):
-        """What grasp_online found: looks.json, and subspace.safetensors if anything stood out."""
-        folder = Path(folder)
-        write_json(folder / "looks.json", fit.looks)
-        if fit.factor:
-            stream, _ = stream_subspace(spectra(self.model))
-            path = folder / "subspace.safetensors"
-            save_subspace(path, fit.factor, stream, self.model.path_in_transformers)
 
     def held_out_loss(self):
         """Nats a response token on the held-out rows."""
         sums, counts = nats(self.model, self.held_out)
         return (sums.sum() / counts.sum()).item()
 
-
-@dataclass(frozen=True)
-class Arguments(Training):
-    """One fine-tune on chat rows: leaves a PEFT adapter, log.jsonl, a checkpoint to resume from."""
-
-    method: str = option("grasp_online", "what is added to the loop", choices=METHODS)
-    subspace: str = option("", "file of found directions that identify.py writes, for grasp, ...")
-    looks: str = option("", "looks.json of a grasp_online run, for grasp_random")
-    until_loss: float = option(0.0, "the training loss at which early_stop ends", low=0)
-    resume: bool = option(False, "continue the run in --out, bit for bit")
-
-
-def check_whole(folder):
-    """UserError where an adapter is that no checkpoint belongs to: it would be trained anew."""
-    if (folder / "adapter_config.json").exists() and not (folder / "checkpoint.pt").exists():
-        raise UserError(
-            f"{folder}: has an adapter but no checkpoint.pt of its run; expected another --out"
-        )
-
-
-def check_methods(args, methods):
-    """UserError for what would only fail after the first fine-tunes of several."""
-    check(methods)
-    if "kl" in methods and not args.unrelated:
-        raise UserError("method 'kl' needs --unrelated FILE.jsonl, rows of unrelated prompts")
-    if args.subspace_rank > args.rank:
-        raise UserError(
-            f"--subspace-rank is {args.subspace_rank}, expected at most --rank, {args.rank}"
-        )
-
-
-def check_out(args):
-    """Try --out before hours of work; UserError where a run is there that would be lost."""
-    out = writable_folder(args.out, RESULTS)
-    if args.resume:
-        return
-    for name, state in (("adapter_config.json", "a finished"), ("checkpoint.pt", "an interrupted")):
-        if (out / name).exists():
-            raise UserError(f"{out}: holds {state} run; expected --resume, or another --out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Look:
-    """A line of looks.json, as far as the control needs it."""
-
-    step: int = value(low=1)
-    joined: dict[str, int] = value(low=1)
-
-
-def read_looks(path, model):
-    """The looks of a grasp_online run on this model, as train.py writes them."""
-    looks = read_json(path, "the looks of a grasp_online run")
-    names = dict(model.named_modules())
-    last, total = 0, Counter()
-    for look in from_json(list[_Look], looks, path):
-        if look.step <= last:
-            raise UserError(f"{path}: step {look.step} after step {last}, expected them in order")
-        last = look.step
-        total.update(look.joined)
-        for name in look.joined:
-            width = getattr(names.get(name), "out_features", 0)
-            if total[name] > width:
-                raise UserError(
-                    f"{path}: {total[name]} directions joined {show(name)} by step {look.step}, "
-                    f"expected at most {width} (of a linear layer of this model)"
-                )
-    return looks
-
-
-def say_unused(args):
-    """Print which of the options that feed a method the chosen one does not use."""
-    needed, _ = NEEDS.get(args.method, ("", ""))
-    for name, gives in FEEDS.items():
-        if getattr(args, name) and needed not in gives:
-            print(f"--{name.replace('_', '-')} is given, but not used by --method {args.method}")
-
-
-def read_found(args, model):
-    """What the files that the options name have to offer."""
-    factor = stream = looks = None
-    if args.subspace:
-        factor, stream = load_subspace(args.subspace, model)
-    if args.looks:
-        looks = read_looks(args.looks, model)
-    return Found(factor, stream, looks, loss=args.until_loss or None)
-
-
-def on_adapted(model, method, found):
-    """What was found, as far as it is about the adapted modules.
-
-    UserError where nothing of what the method needs is.
-    """
-    adapted = lora_modules(model)
-    name, _ = NEEDS.get(method, ("", ""))
-    if name == "factor" and found.factor is not None:
-        factor = {name: U for name, U in found.factor.items() if name in adapted}
-        if not factor:
-            raise UserError(
-                f"the found directions are of {endings(found.factor)}, but the LoRA is on "
-                f"{endings(adapted)}: nothing would be constrained"
-            )
-        return replace(found, factor=factor)
-    if name == "looks" and found.looks is not None:
-        for look in found.looks:
-            others = look["joined"].keys() - adapted.keys()
-            if others:
-                raise UserError(
-                    f"the looks are of {endings(others)} too, but the LoRA is on "
-                    f"{endings(adapted)}: expected the looks of a run with the same --targets"
-                )
-    return found
-
-
-def check_moments(looks, every, steps):
-    """UserError where the control would not replay all looks of the run that it stands beside."""
-    for look in looks or ():
-        if look["step"] % every or look["step"] > steps:
-            raise UserError(
-                f"the looks have step {look['step']}, but this run looks every {every} of its "
-                f"{steps} steps; expected the --look-every and the length of the run they are of"
-            )
-
-
-def endings(names):
-    """The last parts of the modules' names, each once."""
-    return ", ".join(sorted({name.split(".")[-1] for name in names}))
-
-
-def constrained(model, factor):
-    """How many of the adapted modules a factor constrains, in words."""
-    adapted = set(lora_modules(model))
-    return f"{len(adapted & set(factor))} of {len(adapted)} modules constrained"
-
-
-def main():
-    """The command line of train.py."""
-    args = parse(Arguments)
-    check_out(args)
-    say_unused(args)
-    job = Job(args)
-    fit = job.finetune(args.method, args.out, read_found(args, job.model), args.resume)
-    result = {
-        "config": asdict(args),
-        "loss": fit.losses[-1],
-        "held_out_loss": job.held_out_loss(),
-        "looks": fit.looks,
-    }
-    text = f"training loss {fit.losses[0]:.4f} -> {fit.losses[-1]:.4f}, "
-    text += f"held-out loss {result['held_out_loss']:.4f}"
-    if fit.factor:
-        result["leak"] = leak(job.model, fit.factor)
-        text += f", {constrained(job.model, fit.factor)}, leak {result['leak']:.2g}"
-    write_json(Path(args.out) / "results.json", result)
-    print(f"{text}; wrote {args.out}")
-
-
-def program():
-    """The command line, with its errors in one line each; torchrun may start it."""
-    run(main, process_group())
+    def report(self, fit, name="fine-tune"):
+        """Print what came of the fine-tune on the model; return its held-out loss and leak."""
+        factors, n = lora_factors(self.model), len(fit.patterns)
+        loss, leaks = self.held_out_loss(), leak(factors, fit.patterns)
+        first = next((look["step"] for look in fit.looks if look["joined"]), 0)
+        since = f", from step {first} on" if n else ""
+        print(f"{name}: loss {fit.losses[-1]:.4f}, held-out loss {loss:.4f}, leak {leaks:.2g};")
+        print(f"{len(fit.looks)} looks, {n} of {len(factors)} modules constrained{since}")
+        return loss, leaks

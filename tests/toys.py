@@ -1,11 +1,13 @@
-"""What tests of the method share: a tiny model, rows, a random factor, programs to run."""
+"""What tests of the method share: a tiny model, rows, random patterns, programs to run."""
 
 import json
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
+import pytest
 import torch
 
 from lora import lora_modules
@@ -42,11 +44,16 @@ def rows(n=6, T=9, vocab=50, seed=3):
     return torch.randint(vocab, (n, T), generator=g), torch.rand(n, T, generator=g) > 0.4
 
 
-def random_factor(model, k, seed=0):
-    """{module: U (out, k)}: random directions for every LoRA of the model."""
+def basis(d, k, generator=None):
+    """A random orthonormal basis (d, k)."""
+    return torch.linalg.qr(torch.randn(d, k, generator=generator))[0]
+
+
+def random_patterns(model, k, seed=0):
+    """{module: (U (out, k), V (in, k))}: random directions for every LoRA of the model."""
     g = torch.Generator().manual_seed(seed)
     return {
-        name: torch.linalg.qr(torch.randn(len(m.lora_B), k, generator=g))[0]
+        name: (basis(len(m.lora_B), k, g), basis(m.lora_A.shape[1], k, g))
         for name, m in lora_modules(model).items()
     }
 
@@ -64,9 +71,9 @@ def lora_values(model):
     return torch.cat([p.detach().flatten() for p in parts])
 
 
-def every_top_direction(svds, nulls=None):
-    """In the place of `standing_out`: each module's first output direction."""
-    return {name: U[:, :1].clone() for name, (U, _) in svds.items()}
+def top_patterns(svds, nulls=None):
+    """In the place of `standing_out`: each module's first pattern."""
+    return {name: (U[:, :1].clone(), V[:, :1].clone()) for name, (U, _, V) in svds.items()}
 
 
 def fit(model, steps, recipe=None, batch_at=None, lr=1e-2, checkpoint=None, each=None, **options):
@@ -87,13 +94,9 @@ def write_rows(path, n=24):
 
 def command(*arguments, **environment):
     """Run a program as a user does."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env=env
     )
 
 
@@ -101,3 +104,13 @@ def call(monkeypatch, main, *arguments):
     """Run a program's main with these arguments, in this process."""
     monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
     main()
+
+
+def parser_of(monkeypatch, main, *arguments):
+    """The parser of a program's options, as its -h has it."""
+    parsers = []
+    monkeypatch.setattr(ArgumentParser, "print_help", lambda self, file=None: parsers.append(self))
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, main, *arguments, "-h")
+    assert end.value.code == 0
+    return parsers[0]

@@ -1,432 +1,253 @@
-"""train.py on a checkpoint and chat rows: what it leaves, resumes, and refuses before any work."""
+"""train.py on a checkpoint and chat rows: what it leaves, how it goes on, what it refuses."""
 
 import json
+import subprocess
+import sys
+import time
 
+import peft
 import pytest
 import torch
-from paper_helpers import read_lines, write_checkpoint
+import transformers
 from safetensors.torch import load_file, save_file
-from toys import call, every_top_direction, write_rows
+from tiny import tiny_checkpoint
+from toys import ROOT, call, lora_values, tiny, top_patterns, write_rows
 
-from baselines import methods
-from baselines.stream import stream_subspace
-from identify import spectra, standing_out
-from lora import load_lora, lora_modules
-from model import GPT
+import identify
+import train as program
+from lora import add_lora, lora_modules
 from real import job as job_module
-from real.job import Job, digest, main
-from real.null import input_nulls
-from real.settings import Training
-from real.spectrum import main as identify
-from support.errors import UserError
-from support.subspace import load_subspace
+from real.job import Job, Training, input_nulls, nats
 
-OPTIONS = ("--lr", 3e-3, "--rank", 8, "--batch-size", 4, "--held-out", 0.2, "--max-steps", 12)
+OPTIONS = ("--lr", 3e-3, "--rank", 8, "--batch-size", 4, "--held-out", 0.2, "--epochs", 9)
+OPTIONS += ("--max-steps", 12, "--look-every", 4)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("qwen"))
+def folder(tmp_path_factory):
+    """A checkpoint, with rows.jsonl beside its files."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("qwen"))
+    write_rows(folder / "rows.jsonl")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+def train(folder):
+    """train.py in this process: train(out, *options) -> out."""
 
-
-class Trainer:
-    """train.py on one checkpoint and file of rows, in this process."""
-
-    def __init__(self, checkpoint, data):
-        self.common = ("--model", checkpoint, "--data", data, "--epochs", 9, *OPTIONS)
-
-    def __call__(self, out, *more):
+    def run(out, *more):
         with pytest.MonkeyPatch.context() as patch:
-            call(patch, main, *self.common, "--out", out, *more)
+            patch.setattr(job_module, "standing_out", top_patterns)  # few rows may share too little
+            common = ("--model", folder, "--data", folder / "rows.jsonl", *OPTIONS)
+            call(patch, program.main, *common, "--out", out, *more)
         return out
 
-    def refusal(self, out, *more):
-        with pytest.raises(UserError) as error:
-            self(out, *more)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-
-@pytest.fixture(scope="module")
-def train(checkpoint, data):
-    return Trainer(checkpoint, data)
+    return run
 
 
 @pytest.fixture(scope="module")
 def naive(train, tmp_path_factory):
-    return train(tmp_path_factory.mktemp("naive") / "out", "--method", "naive")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def looks_that_find():
-    """So few rows may share too little: every look takes the top direction of each module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "standing_out", every_top_direction)
-        yield
+    return train(tmp_path_factory.mktemp("naive"), "--method", "naive")
 
 
 @pytest.fixture(scope="module")
 def online(train, tmp_path_factory):
-    """A run of what train.py does by default."""
-    return train(tmp_path_factory.mktemp("online") / "out", "--checkpointing")
+    return train(tmp_path_factory.mktemp("online"))
 
 
 @pytest.fixture(scope="module")
 def subspace(naive, tmp_path_factory):
-    path = tmp_path_factory.mktemp("subspace") / "s"
+    path = tmp_path_factory.mktemp("identified") / "subspace.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        call(patch, identify, naive, "--out", path)
+        call(patch, identify.main, naive, "--out", path)
     return path
 
 
-def results(out):
-    return json.loads((out / "results.json").read_text())
-
-
-def weights(out):
-    return load_file(out / "adapter_model.safetensors")
-
-
-def same_weights(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-# ---------------------------------------------------------------- what a run leaves
-
-
-def test_a_run_learns_its_rows(naive):
-    losses = [line["loss"] for line in read_lines(naive / "log.jsonl")]
-    assert len(losses) == 12 and losses[-1] < losses[0]
-    assert results(naive)["loss"] == losses[-1]
-
-
-def test_the_held_out_loss_is_that_of_the_adapter_on_rows_it_has_not_seen(naive, checkpoint, data):
-    args = Training(model=str(checkpoint), data=str(data), held_out=0.2, rank=4)
-    job = Job(args)
-    base = job.held_out_loss()
-    load_lora(job.model, naive)
-    assert job.held_out_loss() == pytest.approx(results(naive)["held_out_loss"], rel=1e-5)
-    assert results(naive)["held_out_loss"] < base
-
-
-def test_the_adapter_is_of_every_linear_layer_by_default(naive, checkpoint):
-    model = load_lora(GPT.from_pretrained(checkpoint), naive)
-    assert len(lora_modules(model)) == 2 * 7
-
-
-def test_the_default_looks_while_it_trains_and_needs_no_file(online):
-    found = results(online)
-    assert [look["step"] for look in found["looks"]] == [10]
-    assert found["looks"] == json.loads((online / "looks.json").read_text())
-
-
-def test_grasp_online_looks_with_the_null_of_its_own_inputs(
-    checkpoint, data, monkeypatch, tmp_path
-):
-    seen = []
-
-    def sees(svds, nulls=None):
-        seen.append(nulls)
-        return {}
-
-    monkeypatch.setattr(methods, "standing_out", sees)
-    job = Job(Training(model=str(checkpoint), data=str(data), look_every=2, max_steps=2, rank=4))
-    job.finetune("grasp_online", tmp_path)
-    job.attach()
-    expected = input_nulls(job.model, *job.batch_at(0))
-    assert len(seen) == 1 and seen[0].keys() == expected.keys()
-    assert all(torch.equal(seen[0][name], S) for name, S in expected.items())
-
-
-def test_grasp_online_says_that_at_rank_1_it_is_naive(
-    checkpoint, data, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(methods, "standing_out", standing_out)
-    job = Job(Training(model=str(checkpoint), data=str(data), look_every=1, max_steps=1, rank=1))
-    fit = job.finetune("grasp_online", tmp_path)
-    assert "nothing can stand out at --rank 1" in capsys.readouterr().out
-    assert fit.factor == {}
-
-
-def test_grasp_online_saves_what_it_found_as_any_subspace_file(online, checkpoint):
-    model = load_lora(GPT.from_pretrained(checkpoint), online)
-    factor, stream = load_subspace(online / "subspace.safetensors", model)
-    joined = results(online)["looks"][0]["joined"]
-    assert joined and {name: U.shape[1] for name, U in factor.items()} == joined
-    expected, _ = stream_subspace(spectra(model))
-    assert abs(stream[:, 0] @ expected[:, 0]) > 0.999
-
-
-def test_the_chain_naive_identify_grasp_leaks_nothing(train, subspace, tmp_path, capsys):
-    out = train(tmp_path / "out", "--method", "grasp", "--subspace", subspace)
-    assert results(out)["leak"] <= 1e-6
-    assert "14 of 14 modules constrained, leak" in capsys.readouterr().out
-
-
-def test_a_file_that_covers_some_of_the_modules_constrains_those(train, subspace, tmp_path, capsys):
-    part = tmp_path / "part"
-    tensors = load_file(subspace)
-    some = {name: t for name, t in tensors.items() if name == "stream" or "o_proj" in name}
-    save_file(some, part)
-    out = train(tmp_path / "out", "--method", "grasp", "--subspace", part)
-    assert results(out)["leak"] <= 1e-6
-    assert "2 of 14 modules constrained" in capsys.readouterr().out
-
-
-def test_the_control_replays_the_looks_of_a_run(train, online, tmp_path):
-    looks = online / "looks.json"
-    out = train(tmp_path / "out", "--method", "grasp_random", "--looks", looks)
-    moments = [
-        [(look["step"], look["joined"]) for look in results(run)["looks"]] for run in (out, online)
-    ]
-    assert moments[0] == moments[1]
-    assert not same_weights(out, online)
-
-
-# ---------------------------------------------------------------- resuming
-
-
-def test_the_same_command_gives_the_same_adapter(train, online, tmp_path):
-    assert same_weights(train(tmp_path / "out"), online)  # with and without --checkpointing
-
-
-def test_a_finished_run_is_not_overwritten_unasked(train, naive):
-    before = (naive / "adapter_model.safetensors").stat().st_mtime_ns
-    message = train.refusal(naive, "--method", "naive")
-    assert message == f"{naive}: holds a finished run; expected --resume, or another --out"
-    assert (naive / "adapter_model.safetensors").stat().st_mtime_ns == before
-
-
-def test_a_run_that_was_cut_resumes_bit_for_bit(train, online, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    batch_at, calls = Job.batch_at, []
-
-    def dies(self, step):
-        calls.append(step)
-        if step == 11:
-            raise RuntimeError("power cut")
-        return batch_at(self, step)
-
-    monkeypatch.setattr(Job, "batch_at", dies)
-    with pytest.raises(RuntimeError):
-        train(out)
-    monkeypatch.setattr(Job, "batch_at", batch_at)
-    assert not (out / "adapter_config.json").exists() and (out / "checkpoint.pt").exists()
-    train(out, "--resume")
-    assert same_weights(out, online)
-
-
-@pytest.mark.parametrize(
-    "more,named",
-    [
-        (("--lr", 1e-3), "lr"),
-        (("--seed", 1), "rows, seed"),
-        (("--alpha", 3), "alpha"),
-        (("--method", "naive"), "method"),
-        (("--max-steps", 9), "max_steps"),
-    ],
-)
-def test_a_run_of_other_options_is_not_resumed(train, online, more, named):
-    message = train.refusal(online, "--resume", *more)
-    assert f"was made with other settings ({named})" in message
-
-
-def test_a_run_on_other_rows_is_not_resumed(train, online, data, tmp_path):
-    other = tmp_path / "rows.jsonl"
-    other.write_text(data.read_text().replace("eval", "exec"))
-    message = train.refusal(online, "--resume", "--data", other)
-    assert "was made with other settings (data, rows)" in message
-
-
-def test_a_run_of_another_base_is_not_resumed(train, online, checkpoint, tmp_path):
-    folder = write_checkpoint(tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][0] += 1e-3
-    save_file(tensors, folder / "model.safetensors")
-    message = train.refusal(online, "--resume", "--model", folder)
-    assert "was made with other settings (model, weights)" in message
-
-
-def test_a_run_under_another_constraint_is_not_resumed(train, subspace, tmp_path):
-    out = train(tmp_path / "out", "--method", "grasp", "--subspace", subspace)
-    other = tmp_path / "other"
-    tensors = load_file(subspace)
-    name = next(name for name in tensors if name.startswith("outputs."))
-    tensors[name] = torch.linalg.qr(torch.randn(tensors[name].shape))[0].contiguous()
-    save_file(tensors, other)
-    message = train.refusal(out, "--resume", "--method", "grasp", "--subspace", other)
-    assert "was made with other settings (found)" in message
-
-
-def test_rows_in_memory_do_not_belong_to_what_must_match(train, online, tmp_path):
-    train(online, "--resume", "--micro-batch", 4)
-    assert results(online)["config"]["micro_batch"] == 4
-
-
-def test_a_digest_tells_values_and_their_order_apart():
-    a, b = torch.arange(5.0), torch.arange(5.0) + 1
-    assert digest([a, b]) == digest([a.clone(), b.clone()])
-    assert len({digest([a, b]), digest([b, a]), digest([a]), digest([])}) == 4
-
-
-# ---------------------------------------------------------------- what is refused before any work
+@pytest.fixture(scope="module")
+def job(folder):
+    options = {"rank": 8, "lr": 3e-3, "batch_size": 4, "max_steps": 4}
+    return Job(Training(model=str(folder), data=str(folder / "rows.jsonl"), **options))
 
 
 @pytest.fixture
 def idle(monkeypatch):
-    """No step may be taken."""
-
-    def finetune(*args, **options):
-        pytest.fail("trained")
-
-    monkeypatch.setattr(job_module, "finetune", finetune)
+    monkeypatch.setattr(job_module, "finetune", lambda *args, **more: pytest.fail("trained"))
 
 
-def looks_file(tmp_path, looks):
-    path = tmp_path / "looks.json"
-    path.write_text(looks if isinstance(looks, str) else json.dumps(looks))
-    return "--method", "grasp_random", "--looks", path
+def finished(out):
+    return json.loads((out / "run.json").read_text())
 
 
-LOOKS = [
-    ("{", "not valid JSON"),
-    ({}, "expected a list"),
-    ([3], "'[0]' is 3"),
-    ([{"step": 0, "joined": {}}], "'[0].step' is 0"),
-    ([{"step": 10}], "no '[0].joined'"),
-    ([{"step": 10, "joined": {"layers.0.mlp.down_proj": 0}}], "is 0, expected"),
-    ([{"step": 10, "joined": {"layers.0.mlp.down_proj": "1"}}], "is '1', expected"),
-    ([{"step": 10, "joined": {"layers.0.mlp.down_proj": 33}}], "33 directions joined"),
-    ([{"step": 10, "joined": {"layers.9.mlp.down_proj": 1}}], "1 directions joined"),
-    ([{"step": 10, "joined": {"layers.0": 1}}], "1 directions joined"),
-]
+def same_weights(a, b):
+    a, b = (load_file(out / "adapter_model.safetensors") for out in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("looks,message", LOOKS)
-def test_looks_of_no_run_on_this_model_are_refused(train, tmp_path, idle, looks, message):
-    found = train.refusal(tmp_path / "out", *looks_file(tmp_path, looks))
-    assert found.startswith(str(tmp_path / "looks.json")) and message in found
+def test_a_run_learns_and_leaves_an_adapter_a_log_and_the_mark_of_its_end(naive):
+    names = {"adapter_config.json", "adapter_model.safetensors", "log.jsonl", "run.json"}
+    assert {path.name for path in naive.iterdir()} == names
+    losses = finished(naive)["losses"]
+    assert len(losses) == 12 and losses[-1] < 0.6 * losses[0]
 
 
-def test_looks_that_this_run_would_not_reach_are_refused(train, tmp_path, idle):
-    """Else: a naive run that calls itself the control."""
-    for step in (7, 10_000):
-        looks = looks_file(tmp_path, [{"step": step, "joined": {"layers.0.mlp.down_proj": 1}}])
-        message = train.refusal(tmp_path / "out", *looks, "--targets", "down_proj")
-        assert message.startswith(f"the looks have step {step}, but this run looks every 10")
+def test_the_losses_of_rows_are_those_of_transformers_and_peft_one_by_one(job, tmp_path):
+    job.finetune("naive", tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(job.args.model)
+    model = peft.PeftModel.from_pretrained(base, tmp_path)
+    expected, rows = [], job.train[::-1]  # the long ones first
+    for ids, mask in rows:
+        labels = ids.masked_fill(~mask, -100)[None]
+        expected.append(model(ids[None], labels=labels).loss.item() * mask[1:].sum().item())
+    for batch_size in (1, 4, 16):
+        sums, counts = nats(job.model, rows, batch_size)
+        assert sums.tolist() == pytest.approx(expected, rel=1e-5)
+    assert counts.tolist() == [mask[1:].sum() for _, mask in rows]
 
 
-def test_looks_of_other_targets_are_refused(train, tmp_path, idle):
-    looks = looks_file(tmp_path, [{"step": 10, "joined": {"layers.0.mlp.down_proj": 1}}])
-    message = train.refusal(tmp_path / "out", *looks, "--targets", "o_proj,q_proj")
-    assert message.startswith("the looks are of down_proj too, but the LoRA is on o_proj, q_proj")
-
-
-def test_a_subspace_that_covers_none_of_the_adapted_modules_is_refused(
-    train, subspace, tmp_path, idle
+def test_the_chain_naive_identify_grasp_keeps_the_dense_update_off_the_sides_that_are_held(
+    train, subspace, tmp_path, capsys
 ):
-    """Else: an unconstrained run that calls itself GRASP, with a leak of 0."""
-    part = tmp_path / "part"
-    tensors = load_file(subspace)
-    save_file({n: t for n, t in tensors.items() if n == "stream" or "o_proj" in n}, part)
-    arguments = ("--method", "grasp", "--subspace", part, "--targets", "q_proj,down_proj")
-    assert train.refusal(tmp_path / "out", *arguments) == (
-        "the found directions are of o_proj, but the LoRA is on down_proj, q_proj: nothing would "
-        "be constrained"
-    )
+    patterns = load_file(subspace)
+    for sides in ("both", "output", "input"):
+        options = ("--method", "grasp", "--subspace", subspace, "--sides", sides)
+        tensors = load_file(train(tmp_path / sides, *options) / "adapter_model.safetensors")
+        assert "0 looks, 14 of 14 modules constrained, from step 0 on" in capsys.readouterr().out
+        for key in (key for key in tensors if "lora_A" in key):
+            dW = tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
+            path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            said = (patterns[f"outputs.{path}"].T @ dW).norm() / dW.norm()
+            heard = (dW @ patterns[f"inputs.{path}"]).norm() / dW.norm()
+            assert (said < 1e-6, heard < 1e-6) == (sides != "input", sides != "output")
 
 
-def test_a_subspace_of_twice_a_basis_is_refused(train, subspace, tmp_path, idle):
-    twice = tmp_path / "twice"
-    save_file({name: 2 * t for name, t in load_file(subspace).items()}, twice)
-    message = train.refusal(tmp_path / "out", "--method", "grasp", "--subspace", twice)
-    assert message.startswith(f"{twice}: ") and "is not orthonormal" in message
+def test_online_says_how_often_it_looked_and_from_which_step_on_it_is_held(train, online, capsys):
+    train(online)
+    assert "3 looks, 14 of 14 modules constrained, from step 4 on" in capsys.readouterr().out
+    log = [json.loads(line) for line in (online / "log.jsonl").read_text().splitlines()]
+    assert [line["constrained"] for line in log] == [0] * 3 + [14] * 9
+    assert [line["loss"] for line in log] == finished(online)["losses"]
 
 
-@pytest.mark.parametrize(
-    "more,message",
-    [
-        (("--targets", "z_proj"), "target 'z_proj' matches no linear layer"),
-        (("--rank", 1000), "rank 1000, expected 1 to"),
-        (("--lr", "nan"), "--lr is nan, expected a finite number"),
-        (("--method", "grasp"), "method 'grasp' needs the directions found in a naive run"),
-        (("--method", "grasp", "--subspace", "none"), "none: no such file"),
-        (("--method", "grasp_random"), "method 'grasp_random' needs the looks"),
-        (("--method", "kl"), "method 'kl' needs rows of unrelated prompts"),
-        (("--method", "early_stop"), "method 'early_stop' needs a loss to stop at"),
-        (("--model", "nowhere"), "nowhere"),
-        (("--data", "none.jsonl"), "none.jsonl: no such file"),
-        (("--unrelated", "none.jsonl"), "none.jsonl: no such file"),
-        (("--model", ""), "expected both --model DIR and --data FILE.jsonl"),
-        (("--device", "gpu"), "--device is 'gpu'"),
-        (("--max-len", 3), "--max-len is 3"),
-    ],
-)
-def test_a_mistake_in_the_options_ends_in_one_line(train, tmp_path, idle, more, message):
-    assert message in train.refusal(tmp_path / "out", *more)
+@pytest.mark.parametrize("steps,every", [(12, 1), (100, 3), (300, 10), (5000, 10)])
+def test_some_thirty_looks_a_run_follow_from_its_length(job, tmp_path, monkeypatch, steps, every):
+    def stops(model, batch_at, options, recipe, *more, **named):
+        raise InterruptedError(recipe.look_every)
+
+    monkeypatch.setattr(job_module, "finetune", stops)
+    monkeypatch.setattr(job, "batches", job.batches[:1] * steps)
+    with pytest.raises(InterruptedError, match=f"^{every}$"):
+        job.finetune("grasp_online", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "line,message",
-    [("{", "rows.jsonl:2"), (json.dumps({"messages": []}), "rows.jsonl:2"), ("", "1 rows")],
-)
-def test_bad_rows_end_in_one_line(train, tmp_path, idle, line, message):
-    path = write_rows(tmp_path / "rows.jsonl", 1)
-    path.write_text(path.read_text() + line + "\n")
-    assert message in train.refusal(tmp_path / "out", "--data", path)
+def test_the_control_joins_as_many_at_the_moments_of_the_run_beside_it(train, online, tmp_path):
+    looks = ("--looks", online / "run.json", "--look-every", 5)
+    out = train(tmp_path, "--method", "grasp_random", *looks)
+    moments = [[(x["step"], x["joined"]) for x in finished(run)["looks"]] for run in (out, online)]
+    assert moments[0] == moments[1] and not same_weights(out, online)
 
 
-def test_a_token_beyond_the_embedding_is_named(train, data, tmp_path, idle):
-    folder = write_checkpoint(tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:258].contiguous()
-    save_file(tensors, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 258}))
-    message = train.refusal(tmp_path / "out", "--model", folder)
-    assert message == f"{data}: row 1 has token 258, the embedding ends at 258"
+def test_the_shorter_job_has_the_first_steps_and_settings_of_its_own(job, tmp_path):
+    half = job.shorter(2)
+    assert half.batches == job.batches[:2] and len(half.finetune("naive", tmp_path).losses) == 2
+    with pytest.raises(ValueError, match=r"\(max_steps 2\)"):
+        job.finetune("naive", tmp_path)
 
 
-def test_rows_are_cut_to_the_models_positions(train, tmp_path, capsys):
-    folder = write_checkpoint(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    config["max_position_embeddings"] = 40
-    (folder / "config.json").write_text(json.dumps(config))
-    train(tmp_path / "out", "--model", folder, "--max-steps", 1)
-    assert "24 rows, 24 cut to 40 tokens" in capsys.readouterr().out
+@pytest.mark.parametrize("method", ["naive", "grasp_online"])
+def test_a_finished_run_is_read_back_and_nothing_is_trained(
+    job, tmp_path, method, monkeypatch, capsys
+):
+    monkeypatch.setattr(job_module, "standing_out", top_patterns)
+    first, weights = job.finetune(method, tmp_path), lora_values(job.model)
+    monkeypatch.setattr(job_module, "finetune", lambda *args, **more: pytest.fail("trained"))
+    again = job.finetune(method, tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}: a finished run, read back"
+    assert torch.equal(lora_values(job.model), weights)
+    assert (first.losses, first.looks) == (again.losses, again.looks)
+    assert first.patterns.keys() == again.patterns.keys()
+    for name, (U, V) in first.patterns.items():
+        for Q, P in ((U, again.patterns[name][0]), (V, again.patterns[name][1])):
+            assert torch.allclose(Q @ Q.T, P @ P.T, atol=1e-6)  # the same span
 
 
-def test_an_out_that_cannot_be_made_is_found_out_first(train, tmp_path, idle):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/out: Not a directory"):
-        train(tmp_path / "file" / "out")
+def test_a_run_of_other_options_rows_weights_or_patterns_is_refused(train, tmp_path):
+    rows, other = write_rows(tmp_path / "rows.jsonl", 23), tiny_checkpoint(tmp_path, seed=1)
+    stop = ("--method", "early_stop", "--until-loss")
+    train(tmp_path, *stop, 99)
+    cases = {"lr 0.003": ("--lr", 1), "rows": ("--data", rows), "weights": ("--model", other)}
+    for named, more in {**cases, "found": (*stop, 98)}.items():
+        with pytest.raises(ValueError, match=f"run.json: has other settings .{named}"):
+            train(tmp_path, *stop, 99, *more)
 
 
-def test_a_loss_that_is_not_finite_names_its_likely_causes(train, tmp_path):
-    message = train.refusal(tmp_path / "out", "--lr", 1e6, "--method", "naive")
-    assert "norm nan at step 1" in message and "--lr or --alpha" in message
+def test_a_killed_program_goes_on_with_the_same_command_bit_for_bit(
+    train, folder, tmp_path, capsys
+):
+    more = (*OPTIONS, "--method", "naive", "--max-steps", 60, "--epochs", 99)
+    out, log = tmp_path / "killed", tmp_path / "killed" / "log.jsonl"
+    words = ("train.py", "--model", folder, "--data", folder / "rows.jsonl", *more, "--out", out)
+    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT)
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 15):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() != 0
+    train(out, *more)
+    assert f"{out}: goes on after step" in capsys.readouterr().out
+    whole = train(tmp_path / "whole", *more)
+    assert same_weights(out, whole) and finished(out)["losses"] == finished(whole)["losses"]
+    assert (out / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_many_epochs_make_no_plan_beyond_the_steps(train, tmp_path):
-    out = train(tmp_path / "out", "--method", "naive", "--epochs", 10_000, "--max-steps", 1)
-    assert len(read_lines(out / "log.jsonl")) == 1
+def test_a_mistake_in_the_options_ends_in_one_line(train, tmp_path):
+    cases = {
+        "expected both --model DIR and --data FILE.jsonl": ("--model", ""),
+        "--device gpu: no such device here": ("--device", "gpu"),
+        "target 'z_proj' matches no linear layer; [^\n]*$": ("--targets", "z_proj"),
+        "method 'grasp' needs the patterns found in a naive run": ("--method", "grasp"),
+        "method 'grasp_random' needs the looks of a run": ("--method", "grasp_random"),
+        "try a lower --lr or --alpha$": ("--lr", 1e9, "--method", "naive"),
+    }
+    for message, more in cases.items():
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, *more)
 
 
-def test_early_stop_ends_at_its_loss(train, naive, tmp_path):
-    losses = [line["loss"] for line in read_lines(naive / "log.jsonl")]
-    target = min(losses[:8])
-    out = train(tmp_path / "out", "--method", "early_stop", "--until-loss", target)
-    found = [line["loss"] for line in read_lines(out / "log.jsonl")]
-    assert found == losses[: losses.index(target) + 1]
+def test_files_of_other_modules_than_the_adapted_ones_are_refused(
+    train, online, naive, subspace, tmp_path, idle
+):
+    """Else an unconstrained run would call itself GRASP, or the control."""
+    part = tmp_path / "part.safetensors"
+    save_file({n: t for n, t in load_file(subspace).items() if "q_proj" not in n}, part)
+    control = ("--method", "grasp_random", "--looks")
+    for more, message in (
+        (("--method", "grasp", "--subspace", part), "of modules that --targets names"),
+        ((*control, online / "run.json"), "it adapts other modules"),
+        ((*control, naive / "run.json"), "not run.json of a grasp_online run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, "--targets", "q_proj", *more)
 
 
-def test_kl_sees_the_unrelated_rows(train, data, naive, tmp_path):
-    out = train(tmp_path / "out", "--method", "kl", "--unrelated", data)
-    assert not same_weights(out, naive)
-    assert results(out)["loss"] > results(naive)["loss"]
+def test_rows_that_are_too_few_or_too_large_a_token_are_named(train, folder, tmp_path, idle):
+    with pytest.raises(ValueError, match="1 rows, 0.2 of them held out"):
+        train(tmp_path, "--data", write_rows(tmp_path / "one.jsonl", 1))
+    small = tiny_checkpoint(tmp_path, vocab_size=258, eos_token_id=None)
+    with pytest.raises(ValueError, match="rows.jsonl: token 258, but .* ends at 258"):
+        train(tmp_path / "out", "--model", small)
+
+
+def test_the_null_is_the_spectrum_of_b_with_an_answer_of_its_own_for_every_token():
+    model = add_lora(tiny(), 4, 4, "all-linear")
+    tokens, mask = torch.randint(50, (3, 8)), torch.zeros(3, 8, dtype=torch.bool)
+    mask[:, 4:] = True
+    inputs, nulls = {}, input_nulls(model, tokens, mask)
+    for name, lora in lora_modules(model).items():
+        lora.register_forward_hook(lambda m, x, y, name=name: inputs.update({name: x[0]}))
+    with torch.no_grad():
+        model(tokens[:, :-1])
+    for name, lora in lora_modules(model).items():
+        X = inputs[name][mask[:, 1:]]
+        G = torch.linalg.qr(torch.randn(64, len(X)))[0]  # (64, tokens), orthonormal answers
+        S = torch.linalg.svdvals(G @ X @ lora.lora_A.T)
+        assert torch.allclose(nulls[name], S, rtol=1e-3, atol=1e-4 * S[0].item())

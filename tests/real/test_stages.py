@@ -3,163 +3,96 @@
 import json
 
 import pytest
-from paper_helpers import read_lines, write_checkpoint
 from safetensors.torch import load_file
-from toys import call, every_top_direction, write_rows
+from tiny import tiny_checkpoint
+from toys import call, top_patterns, write_rows
 
 import grasp
-from baselines import methods
+import identify
+import train
 from baselines.methods import METHODS
-from real.stages import final_loss, in_order
-from support.errors import UserError
-
-ALL = [method for method in METHODS if method != "kl"]  # which needs rows of its own
+from real import job as job_module
+from real.stages import in_order
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen")
-    data = write_rows(folder / "rows.jsonl")
-    train = ("--lr", 3e-3, "--rank", 8, "--batch-size", 6, "--held-out", 0.2, "--epochs", 4)
-    return ("--model", write_checkpoint(folder), "--data", data, *train)
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+    rows = write_rows(folder / "rows.jsonl")
+    common = ("--lr", 3e-3, "--rank", 8, "--batch-size", 6, "--look-every", 4, "--max-steps", 8)
+    return ("--model", folder, "--data", rows, *common, "--epochs", 4, "--unrelated", rows)
 
 
 def run(options, out, *more):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_module, "standing_out", top_patterns)  # few rows may share too little
         call(patch, grasp.main, *options, "--out", out, *more)
-    return out
-
-
-@pytest.fixture(scope="module")
-def out(options, tmp_path_factory):
-    """What a run of all methods leaves, each look taking the top pairs of its modules."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "standing_out", every_top_direction)
-        return run(options, tmp_path_factory.mktemp("all"), "--methods", ",".join(ALL))
+    return results(out)
 
 
 def results(out):
     return json.loads((out / "results.json").read_text())
 
 
-def test_every_method_leaves_an_adapter_and_a_log(out):
-    for method in ALL:
-        names = {path.name for path in (out / method).iterdir()}
-        assert {"adapter_config.json", "adapter_model.safetensors", "log.jsonl"} <= names
+@pytest.fixture(scope="module")
+def out(options, tmp_path_factory):
+    out = tmp_path_factory.mktemp("all")
+    run(options, out, "--methods", ",".join(METHODS))
+    return out
 
 
-def test_every_method_learns_the_held_out_rows_too(out):
-    losses = results(out)["held_out_loss"]
-    assert losses.keys() == {"base", *ALL}
-    assert all(losses[method] < losses["base"] for method in ALL)
+def test_every_method_leaves_a_run_that_has_learned_and_grasp_leaks_nothing(out):
+    losses, leaks = results(out)["held_out_loss"], results(out)["leak"]
+    assert losses.keys() == {"base", *METHODS}
+    for method in METHODS:
+        assert (out / method / "run.json").exists()
+        assert method == "ablate_train" or losses[method] < losses["base"]
+    held = {"grasp", "grasp_online", "grasp_random"}
+    assert {name for name, leak in leaks.items() if leak > 0} == {*held, "grasp_gradient_only"}
+    assert max(leaks[name] for name in held) < 1e-6 and leaks["grasp_gradient_only"] > 1e-3
 
 
-def test_the_constraint_is_exact_but_for_projecting_the_gradient_alone(out):
-    leaks = results(out)["leak"]
-    assert leaks.keys() == {"grasp", "grasp_online", "grasp_random", "grasp_gradient_only"}
-    assert leaks.pop("grasp_gradient_only") > 1e-3
-    assert max(leaks.values()) <= 1e-6
+def test_the_same_command_reads_every_run_back(out, options, monkeypatch, capsys):
+    before = results(out)
+    monkeypatch.setattr(job_module, "finetune", lambda *args, **more: pytest.fail("trained"))
+    after = run(options, out, "--methods", ",".join(METHODS))
+    assert after["held_out_loss"] == before["held_out_loss"] and after["looks"] == before["looks"]
+    assert "grasp_online: loss" in capsys.readouterr().out
 
 
-def test_the_control_replays_grasp_online(out):
-    looks = results(out)["looks"]
-    moments = [
-        [(look["step"], look["joined"]) for look in looks[method]]
-        for method in ("grasp_online", "grasp_random")
-    ]
-    assert moments[0] == moments[1]
+def test_a_method_may_be_added_and_what_is_there_stays(options, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, train.main, *options, "--method", "naive", "--out", tmp_path / "naive")
+    assert run(options, tmp_path, "--methods", "naive")["held_out_loss"].keys() == {"base", "naive"}
+    assert f"{tmp_path / 'naive'}: a finished run, read back" in capsys.readouterr().out
+    assert run(options, tmp_path, "--methods", "kl")["held_out_loss"].keys() >= {"naive", "kl"}
+    with pytest.raises(ValueError, match="results.json: has other settings .max_steps 8."):
+        run(options, tmp_path, "--max-steps", 9)
 
 
-def test_the_subspaces_that_were_found_are_files(out):
-    for method in ("naive", "grasp_online"):
-        assert "stream" in load_file(out / method / "subspace.safetensors")
+def test_the_patterns_are_those_of_the_file_in_the_naive_runs_folder(
+    options, tmp_path, monkeypatch
+):
+    run(options, tmp_path, "--methods", "naive", "--pattern-rank", 3)
+    found = load_file(tmp_path / "naive" / "subspace.safetensors")
+    assert {t.shape[1] for t in found.values()} == {3}
+    call(monkeypatch, identify.main, tmp_path / "naive", "--rank", 2)
+    run(options, tmp_path, "--methods", "grasp", "--pattern-rank", 3)
+    kept_off = load_file(tmp_path / "grasp" / "patterns.safetensors")
+    assert {t.shape[1] for name, t in kept_off.items() if name != "stream"} == {2}
 
 
-def test_early_stop_ends_at_the_loss_of_grasp_online(out):
-    losses = {
-        method: [line["loss"] for line in read_lines(out / method / "log.jsonl")]
-        for method in ("early_stop", "grasp_online", "naive")
+def test_methods_come_after_what_they_build_on():
+    assert in_order(["kl"]) == ["kl"]
+    assert in_order(["grasp_random", "grasp"]) == ["naive", "grasp", "grasp_online", "grasp_random"]
+    assert in_order(["early_stop"]) == ["grasp_online", "early_stop"]
+
+
+def test_a_mistake_ends_in_one_line_before_any_work(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module.Job, "__init__", lambda *args: pytest.fail("began"))
+    cases = {
+        "method 'magic' is unknown": ("--methods", "magic"),
+        "method 'kl' needs --unrelated": ("--methods", "kl", "--unrelated", ""),
     }
-    stopped = losses["early_stop"]
-    assert stopped == losses["naive"][: len(stopped)]
-    target = final_loss(losses["grasp_online"])
-    assert min(stopped[:-1]) > target
-    assert stopped[-1] <= target or len(stopped) == len(losses["naive"])
-
-
-def test_the_same_command_reads_every_fine_tune_back(out, options, monkeypatch, capsys):
-    before = results(out)["held_out_loss"]
-    monkeypatch.setattr("train.backward", lambda *args: pytest.fail("trained again"))
-    run(options, out, "--methods", ",".join(ALL))
-    assert results(out)["held_out_loss"] == before
-
-
-def test_more_methods_may_be_asked_of_the_same_folder(options, tmp_path):
-    run(options, tmp_path, "--methods", "naive", "--max-steps", 3)
-    first = (tmp_path / "naive" / "adapter_model.safetensors").read_bytes()
-    run(options, tmp_path, "--methods", "naive,grasp", "--max-steps", 3)
-    assert (tmp_path / "naive" / "adapter_model.safetensors").read_bytes() == first
-    assert results(tmp_path)["held_out_loss"].keys() == {"base", "naive", "grasp"}
-
-
-def test_what_an_earlier_run_measured_stays_in_the_results(options, tmp_path):
-    run(options, tmp_path, "--methods", "naive", "--max-steps", 3)
-    before = results(tmp_path)["held_out_loss"]
-    run(options, tmp_path, "--max-steps", 3)
-    after = results(tmp_path)["held_out_loss"]
-    assert after.keys() == {"base", "naive", "grasp_online"}
-    assert after["naive"] == before["naive"]
-    with pytest.raises(UserError, match=r"made with other settings \(max_steps\)"):
-        run(options, tmp_path, "--methods", "kl", "--unrelated", options[3], "--max-steps", 2)
-
-
-def test_by_default_one_fine_tune_is_made_the_recommended_one(options, tmp_path):
-    run(options, tmp_path, "--max-steps", 3)
-    assert results(tmp_path)["held_out_loss"].keys() == {"base", "grasp_online"}
-
-
-@pytest.mark.parametrize("rank", [1, 3])
-def test_subspace_rank_is_the_number_of_directions_of_each_module(options, tmp_path, rank):
-    run(options, tmp_path, "--methods", "grasp", "--max-steps", 3, "--subspace-rank", rank)
-    tensors = load_file(tmp_path / "naive" / "subspace.safetensors")
-    assert {tensor.shape[1] for tensor in tensors.values()} == {rank}
-
-
-@pytest.mark.parametrize(
-    "chosen,expected",
-    [
-        (["naive"], ["naive"]),
-        (["grasp"], ["naive", "grasp"]),
-        (["grasp_online"], ["grasp_online"]),
-        (["kl"], ["kl"]),
-        (["ablate_inference"], ["naive", "ablate_inference"]),
-        (["grasp_random"], ["grasp_online", "grasp_random"]),
-        (["early_stop", "naive"], ["naive", "grasp_online", "early_stop"]),
-        (METHODS, list(METHODS)),
-    ],
-)
-def test_methods_come_after_what_they_build_on(chosen, expected):
-    assert in_order(chosen) == expected
-
-
-def test_the_final_loss_is_the_mean_of_the_last_twentieth():
-    assert final_loss([9.0] * 95 + [1.0, 2.0, 3.0, 2.0, 2.0]) == 2.0
-    assert final_loss([9.0, 1.0]) == 1.0
-
-
-@pytest.mark.parametrize(
-    "more,message",
-    [
-        (("--methods", "magic"), "method 'magic' is unknown"),
-        (("--seeds", 2), "--seeds: for the synthetic task alone"),
-        (("--quick",), "--quick: for the synthetic task alone"),
-        (("--methods", "kl"), "method 'kl' needs --unrelated"),
-        (("--methods", "grasp", "--subspace-rank", 9), "--subspace-rank is 9, expected at most"),
-        (("--model", ""), "expected both --model DIR and --data FILE.jsonl"),
-        (("--data", ""), "expected both --model DIR and --data FILE.jsonl"),
-    ],
-)
-def test_a_mistake_ends_in_one_line(options, tmp_path, more, message):
-    with pytest.raises(UserError, match=message) as error:
-        run(options, tmp_path, "--max-steps", 1, *more)
-    assert "\n" not in str(error.value)
+    for message, more in cases.items():
+        with pytest.raises(ValueError, match=message):
+            run(options, tmp_path, *more)

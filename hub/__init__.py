@@ -1,1 +1,0 @@
-"""Other people's file formats: checkpoints and LoRA adapters. Nothing here knows the method."""
