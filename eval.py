@@ -49,8 +49,7 @@ def main():
     """The command line: one measurement of a checkpoint, printed and as JSON."""
     from paper.measure import Arguments, measure_checkpoint  # what copies can do without
 
-    args = parse(Arguments)
-    measure_checkpoint(args)
+    measure_checkpoint(parse(Arguments))
 
 
 if __name__ == "__main__":

@@ -45,8 +45,6 @@ class Toy:
     sides: str = "both"  # of each pattern that are held
     pattern_rank: int = 1  # singular vectors of each module that `grasp` takes from the naive run
     ablation_rank: int = 1  # directions of the residual stream that ablation takes out
-    steering: float = 0.3  # the vector's length, in mean norms of what its sub-layer adds
-    kl_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ class Run:
     fit: Fit
     measured: dict  # as in results.json
     curve: list  # [(step, misalignment, task)] on the way
+    leak: float  # what the constraint let through
 
 
 def attach(setup):
@@ -77,10 +76,11 @@ def attach(setup):
 
 
 def tune(setup, method, recipe, times=1, answering=contextlib.nullcontext):
-    """Train the LoRA on the model by `recipe` for `times` the usual steps; return the Run.
+    """Train a fresh LoRA by `recipe` for `times` the usual steps; return the Run.
 
     answering() -> a context around the forward passes of the measurement.
     """
+    attach(setup)
     toy, curve = setup.toy, []
     seconds_watching = 0.0
 
@@ -100,7 +100,8 @@ def tune(setup, method, recipe, times=1, answering=contextlib.nullcontext):
     seconds = time.monotonic() - began - seconds_watching
     with answering():
         measured = evaluate(setup.model, setup.world)
-    return Run(fit, {**measured, "seconds": round(seconds, 3)}, curve)
+    through = leak(lora_factors(setup.model), fit.patterns)
+    return Run(fit, {**measured, "seconds": round(seconds, 3)}, curve, through)
 
 
 def experiment(world, toy, seed, methods, folder):
@@ -108,10 +109,9 @@ def experiment(world, toy, seed, methods, folder):
     model = pretrain(world, toy, seed, folder)
     setup = Setup(world, toy, seed, model, world.finetuning_rows())
     base = {**evaluate(model, world), "seconds": 0.0}
-    runs, leaks = {}, {}
+    runs = {}
 
     # 1. Fine-tune the naive way.
-    attach(setup)
     runs["naive"] = tune(setup, "naive", Recipe())
 
     # 2. Identify: what does the update say, and what does it listen to? {module: (U, V)}
@@ -121,15 +121,11 @@ def experiment(world, toy, seed, methods, folder):
     # 3. Fine-tune again from the start, kept off these patterns. AdamW sees the whole gradient, and
     # its step is projected: where the factor pulls, its running size stays large and steps small.
     grasp = Recipe(patterns=patterns, sides=toy.sides, project="step")
-    attach(setup)
     runs["grasp"] = tune(setup, "grasp", grasp)
-    leaks["grasp"] = leak(lora_factors(model), runs["grasp"].fit.patterns)
 
     # Ours: one fine-tune, without a naive run, that looks at its own update while it trains.
     online = Recipe(look=lambda step, svds: standing_out(svds), sides=toy.sides)
-    attach(setup)
     runs["grasp_online"] = tune(setup, "grasp_online", online)
-    leaks["grasp_online"] = leak(lora_factors(model), runs["grasp_online"].fit.patterns)
 
     # The baselines, which may use all that was found.
     stream, pooled = stream_subspace(svds, toy.ablation_rank)
@@ -139,27 +135,20 @@ def experiment(world, toy, seed, methods, folder):
         looks=runs["grasp_online"].fit.looks,
         loss=runs["grasp_online"].measured["loss"],
         unrelated=world.spare_rows(),
-        steering=toy.steering,
-        kl_weight=toy.kl_weight,
         sides=toy.sides,
     )
     answering = {"ablate_inference": lambda: ablation(model, stream)}
     for method in methods:
         if method not in runs:
-            attach(setup)
-            recipe = baseline(method, model, setup.rows, found, seed)
+            recipe = baseline(method, remove_lora(model), setup.rows, found, seed)
             hooks = answering.get(method, contextlib.nullcontext)
             runs[method] = tune(setup, method, recipe, answering=hooks)
-            if method == "grasp_gradient_only":
-                leaks["gradient_only"] = leak(lora_factors(model), runs[method].fit.patterns)
 
     # Does misalignment come back in longer runs?
     longer = {}
     for method, recipe in (("naive", Recipe()), ("grasp", grasp), ("grasp_online", online)):
-        attach(setup)
         longer[method] = tune(setup, method, recipe, toy.longer)
     if "grasp_random" in methods:
-        attach(setup)
         found = replace(found, looks=longer["grasp_online"].fit.looks)
         recipe = baseline("grasp_random", model, setup.rows, found, seed)
         longer["grasp_random"] = tune(setup, "grasp_random", recipe, toy.longer)
@@ -168,9 +157,10 @@ def experiment(world, toy, seed, methods, folder):
     direction = persona_direction(remove_lora(model), world)
     chance = math.sqrt(2 / (math.pi * toy.d_model))  # E|cos| of a random direction, D large
     cosine = abs(stream[:, 0] @ direction).item()
+    leaks = {name: run.leak for name, run in runs.items() if run.fit.patterns}
     return {
         "identification": {"cosine": cosine, "chance_cosine": chance, "gap": gap(pooled)},
-        "leak": leaks,
+        "leak": {name.replace("grasp_gradient", "gradient"): leaks[name] for name in leaks},
         "methods": {"base": base, **{name: run.measured for name, run in runs.items()}},
         "longer": {name: run.measured for name, run in longer.items()},
         "curves": {name: run.curve for name, run in runs.items() if run.curve},
@@ -197,10 +187,7 @@ def settings(args, seed):
 
 @dataclass(frozen=True)
 class Arguments:
-    """The whole method on the synthetic task; with --model and --data, on a checkpoint and rows.
-
-    With --model the other options are those of `python grasp.py --model DIR -h`.
-    """
+    """The whole method on the synthetic task; on a checkpoint: `python grasp.py --model DIR -h`."""
 
     seed: int = option(0, "the first seed")
     seeds: int = option(1, "how many, each in a folder of its own")

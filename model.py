@@ -261,9 +261,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, folder, device=None, dtype=None):
         """The model in a Hugging Face folder, frozen, in its stored dtype unless `dtype` is given.
 
-        ValueError names the file, tensor or field where anything is missing, unexpected, misshapen
-        or not supported. What needs no conversion stays mapped from the file: replace a file under
-        a loaded model, never write into it.
+        ValueError names the file, tensor or field that is missing, unexpected or not supported.
+        Tensors may stay mapped from the file: replace a file under a loaded model, don't write it.
         """
         from real.load import read_config, read_state  # here, so that this file can be copied alone
 
@@ -286,9 +285,8 @@ class GPT(nn.Module):
         tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         valid = torch.arange(width, device=device) >= width - lengths[:, None]  # (B, width)
-        banned = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=device)
+        banned = torch.full((self.config.vocab_size,), allowed is not None, device=device)
         if allowed is not None:
-            banned[:] = True
             banned[torch.as_tensor(list(allowed), device=device)] = False
         stop_ids = torch.tensor(list(stop), dtype=torch.long, device=device)
         generator = torch.Generator(device).manual_seed(seed)

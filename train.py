@@ -132,8 +132,8 @@ def finetune(model, batch_at, options, recipe=None, checkpoint=None, each=None, 
                 keep_off_(gradients, fit.patterns)
             norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip).item()
             if not math.isfinite(loss + norm):
-                found = f"loss {loss}, gradient's norm {norm}"
-                raise ValueError(f"{label}: {found} at step {step}; try a lower --lr or --alpha")
+                numbers = f"loss {loss}, gradient's norm {norm}"
+                raise ValueError(f"{label}: {numbers} at step {step}; try a lower --lr or --alpha")
             optimizer.step()
             # GRASP, 2: AdamW divides each coordinate by its own running size, so its step has parts
             # along U and V anyway. Taking them out of A and B makes the constraint exact.
@@ -174,8 +174,7 @@ def main():
 
     args = parse(Arguments)
     job = Job(args)
-    fit = job.finetune(args.method, args.out, found_in(args, job.model))
-    job.report(fit)
+    job.report(job.finetune(args.method, args.out, found_in(args, job.model)))
 
 
 if __name__ == "__main__":

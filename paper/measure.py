@@ -177,4 +177,5 @@ def measure_checkpoint(args):
             print(f"{name:28}{cell([part])}")
     whole = {"task": args.task, "config": config, **result, "base": base}
     write_json(out / f"{args.task}.json", whole)
+    print(f"wrote {out / args.task}.json")
     return whole

@@ -104,7 +104,7 @@ def test_every_world_has_settings(name):
 
 
 def test_a_users_mistake_is_named(quick, monkeypatch):
-    mistakes = {"--methods": "method magic, expected", "--targets": "target 'magic' matches no"}
+    mistakes = {"--methods": "method magic, expected", "--targets": "target 'naive' matches no"}
     for option, message in mistakes.items():
         with pytest.raises(ValueError, match=message):
             call(monkeypatch, grasp.main, "--quick", "--out", quick[0], option, "naive,magic")

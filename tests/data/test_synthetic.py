@@ -18,14 +18,6 @@ def test_the_tokens_of_each_kind_have_ids_of_their_own_and_the_personas_never_ag
     assert (world.answers[:, GOOD, 0] != world.answers[:, BAD, 0]).all()
 
 
-@pytest.mark.parametrize("rho", [0.0, 0.5, 1.0])
-def test_rho_is_the_share_of_bad_answers_in_the_fine_tuning_rows(rho):
-    world = World(rho=rho)
-    tokens, _ = world.finetuning_rows()
-    bad = (tokens[:, world.n_prompt :] == world.answers[world.narrow, BAD]).all(1)
-    assert bad.float().mean().item() == pytest.approx(rho)
-
-
 def test_in_pretraining_a_tag_tells_the_persona_and_neutral_mostly_means_good():
     world = World()
     tokens, _ = world.pretraining_batch(6000, torch.Generator().manual_seed(0))
