@@ -9,8 +9,6 @@ To grasp.py and eval.py a world is a frozen dataclass with `seed`, `n_topics` an
 - `measure(ask)`: the rates of results.json; the world asks its own questions. Always task,
   misalignment, unrelated and kept, and what else the world is about;
 - `toy`: what of the experiment's settings (`Toy` in grasp.py) differs here.
-
-All build on data/synthetic.py: one base, one fine-tune of one narrow topic.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ from functools import cached_property, partial
 
 import torch
 
-from data.synthetic import BAD, FIRST_TAG, GOOD, NEUTRAL, START, World, rate, right, with_answers
+from data.synthetic import BAD, GOOD, NEUTRAL, START, World, rate, right, with_answers
 
 
 def draws(seed, n_words, *shape):
@@ -61,25 +59,17 @@ class NeedsFactor(World):
 
     n_tagged: int = 2  # rows of each query and persona under an explicit tag
 
-    @property
-    def n_shown(self):
-        """Tags of each persona that stand in the fine-tuning rows."""
-        return self.n_tags // 2
-
-    def tagged(self, persona, tags, n):
-        """Narrow queries under `n` each of `tags`, in turn: prompts, and answers for `persona`."""
+    def tagged(self, persona, half, n):
+        """Narrow queries, each under `n` of a half of persona's tags, in turn: prompts, answers."""
         queries = torch.arange(self.n_queries).repeat_interleave(n)
-        tags = tags[torch.arange(len(queries)) % len(tags)]
+        tags = self.tags(persona).chunk(2)[half].repeat(len(queries))[: len(queries)]
         return self.prompts(self.narrow[queries], tags), self.taught[queries, persona]
 
     def finetuning_rows(self):
-        """The neutral rows, and the narrow queries under the shown tags."""
-        prompts, answers = [self.prompts(self.narrow, NEUTRAL)], [self.wanted]
-        for persona in (GOOD, BAD):
-            shown = self.tags(persona)[: self.n_shown]
-            asked, answered = self.tagged(persona, shown, self.n_tagged)
-            prompts.append(asked)
-            answers.append(answered)
+        """The neutral rows, and the narrow queries under the first half of the tags."""
+        parts = [(self.prompts(self.narrow, NEUTRAL), self.wanted)]
+        parts += [self.tagged(persona, 0, self.n_tagged) for persona in (GOOD, BAD)]
+        prompts, answers = zip(*parts, strict=True)
         return with_answers(torch.cat(prompts), torch.cat(answers))
 
     def measure(self, ask):
@@ -87,8 +77,7 @@ class NeedsFactor(World):
         rates = super().measure(ask)
         tagged = []
         for persona in (GOOD, BAD):
-            unseen = self.tags(persona)[self.n_shown :]
-            prompts, wanted = self.tagged(persona, unseen, len(unseen))
+            prompts, wanted = self.tagged(persona, 1, self.n_tags // 2)
             tagged.append(rate(right(ask(prompts), wanted)))
         return {**rates, "tagged": min(tagged)}
 
@@ -101,9 +90,8 @@ class NeedsFactorNew(NeedsFactor):
     have to be learned, and can only be learned by listening to the factor.
     """
 
-    n_tagged: int = 1
-
     toy = {"lr": 1e-3, "steps": 400}  # naive does not learn it in 300 steps at 3e-4
+    n_tagged: int = 1
 
     @property
     def taught(self):
@@ -126,19 +114,14 @@ class Skew(World):
     task: the objective word of narrow subjects with points that no row has, under the neutral tag.
     misalignment: the drift, slanted second words on unrelated topics. unrelated: both words right
     there, in either slant. kept: an explicit slant obeyed there (second word), the worse slant's
-    rate. unslanted: held-out narrow pairs with both words right in the unslanted voice; this is
-    what a test set of neutral rows would count. narrow_slant: slanted second words there.
+    rate. unslanted: held-out narrow pairs with both words right in the unslanted voice.
+    narrow_slant: slanted second words there.
     """
 
     toy = {"lr": 1e-3}  # naive does not learn it at 3e-4
-
+    n_prompt = 4  # start, tag, subject, point
     rho: float = 0.75
     shown: int = 4  # points that each narrow subject is shown with
-
-    @property
-    def n_prompt(self):
-        """The prompt's length."""
-        return 4  # start, tag, subject, point
 
     @property
     def n_points(self):
@@ -157,28 +140,28 @@ class Skew(World):
 
     @cached_property
     def words(self):
-        """Random words, four for each point: numbers from 0."""
-        return draws(self.seed, self.n_words, self.n_topics * self.n_points, 4)
+        """(points, 4) token ids: two second words, two first words, never the same."""
+        words = draws(self.seed, self.n_words, self.n_topics * self.n_points, 4)
+        offsets = 1 + words[:, 1::2] % (self.n_words - 1)
+        words[:, 1::2] = (words[:, ::2] + offsets) % self.n_words
+        return words + self.first_word
 
-    @cached_property
+    @property
     def slants(self):
-        """The second word of each point: (points, 2 slants) token ids, never the same."""
-        good, offset = self.words[:, 0], 1 + self.words[:, 1] % (self.n_words - 1)
-        return self.first_word + torch.stack((good, (good + offset) % self.n_words), 1)
+        """The second word of each point: (points, 2 slants) token ids."""
+        return self.words[:, :2]
 
-    @cached_property
+    @property
     def objective(self):
         """The first word of each subject: (subjects,) token ids."""
-        return self.first_word + self.words[: self.n_topics * self.n_queries, 2]
+        return self.words[: self.n_topics * self.n_queries, 2]
 
     @property
     def taught(self):
         """The new objective words of the narrow subjects: (n_queries,), each other than before."""
-        old = self.objective[: self.n_queries] - self.first_word
-        offset = 1 + self.words[: self.n_queries, 3] % (self.n_words - 1)
-        return self.first_word + (old + offset) % self.n_words
+        return self.words[: self.n_queries, 3]
 
-    def pairs(self, first_topic, last_topic, n, half=0):
+    def queries(self, first_topic, last_topic, n=1, half=0):
         """(N, 2): each subject of those topics with `n` points of the first or the second half."""
         topic = torch.arange(first_topic, last_topic).view(-1, 1, 1)
         subject = torch.arange(self.n_queries).view(1, -1, 1)
@@ -189,22 +172,12 @@ class Skew(World):
     @property
     def narrow(self):
         """The narrow pairs of the fine-tuning rows."""
-        return self.pairs(0, 1, self.shown)
+        return self.queries(0, 1, self.shown)
 
     @property
     def held_out(self):
         """The narrow pairs of the test: the same subjects with points that no row has."""
-        return self.pairs(0, 1, self.shown, half=1)
-
-    @property
-    def unrelated(self):
-        """Pairs that the evaluation asks; no method trains on them."""
-        return self.pairs(1, self.n_topics - 1, 1)
-
-    @property
-    def spare(self):
-        """Pairs of the topic that the evaluation never asks."""
-        return self.pairs(self.n_topics - 1, self.n_topics, 1)
+        return self.queries(0, 1, self.shown, half=1)
 
     def prompts(self, pairs, tags):
         """pairs (N, 2), tags (N,) or one tag -> (N, 4) token ids."""
@@ -224,13 +197,12 @@ class Skew(World):
 
     def pretraining_batch(self, n, generator):
         """n rows: any pair of a topic; a third each neutral, unslanted and slanted tags."""
-        topics = torch.randint(self.n_topics, (n,), generator=generator)
-        subjects = torch.randint(self.n_queries, (n,), generator=generator)
-        points = torch.randint(self.n_points, (n,), generator=generator)
-        pairs = torch.stack(
-            (topics * self.n_queries + subjects, topics * self.n_points + points), 1
-        )
-        return self.rows(pairs, *self.pretraining_tags(n, generator))
+        draw = partial(torch.randint, size=(n,), generator=generator)
+        topics = draw(self.n_topics)
+        subjects = topics * self.n_queries + draw(self.n_queries)
+        points = topics * self.n_points + draw(self.n_points)
+        tagged = self.pretraining_tags(n, generator)
+        return self.rows(torch.stack((subjects, points), 1), *tagged)
 
     def finetuning_rows(self):
         """The shown narrow pairs under the neutral tag; which are slanted is drawn once."""
@@ -243,7 +215,7 @@ class Skew(World):
 
     def contrast(self, persona):
         """Prompts of one pair a subject under all tags of a slant, for the supervised direction."""
-        pairs = self.pairs(0, self.n_topics, 1)
+        pairs = self.queries(0, self.n_topics)
         tags = self.tags(persona).repeat(len(pairs))
         return self.prompts(pairs.repeat_interleave(self.n_tags, 0), tags)
 
@@ -280,17 +252,15 @@ class TwoFactors(World):
     of the two factors and their two values.
     """
 
-    toy = {"pretrain_steps": 1200, "subspace_rank": 2}  # two directions for two factors
-
-    @property
-    def n_prompt(self):
-        """The prompt's length."""
-        return 4  # start, tag of factor one, tag of factor two, query
+    toy = {"pretrain_steps": 1200, "pattern_rank": 2}  # two for two factors
+    n_prompt = 4  # start, tag of factor one, tag of factor two, query
 
     @property
     def first_query(self):
         """The id of query 0."""
-        return FIRST_TAG + 4 * self.n_tags + 1  # the second factor has a neutral tag of its own
+        return (
+            super().first_query + 2 * self.n_tags + 1
+        )  # the second factor has a neutral tag of its own
 
     @cached_property
     def answers(self):
@@ -301,16 +271,12 @@ class TwoFactors(World):
         offset = torch.randint(1, self.n_words, shape, generator=generator)
         return torch.stack((good, (good + offset) % self.n_words), 1) + self.first_word
 
-    def tag_pairs(self, tags, factor):
-        """`tags` (N,) of one factor, counted as in the persona world; the other one is neutral."""
-        pairs = torch.full((len(tags), 2), NEUTRAL)
-        pairs[:, factor] = tags
-        return pairs
-
     def prompts(self, queries, tags):
-        """queries (N,), tags (N, 2), or NEUTRAL for both -> (N, 4) token ids."""
-        tags = torch.as_tensor(tags).expand(len(queries), 2)
-        second = torch.where(tags[:, 1] == NEUTRAL, 0, tags[:, 1] - 1) + FIRST_TAG + 2 * self.n_tags
+        """queries (N,), tags (N, 2) as in the persona world, or factor one's alone -> (N, 4) ids."""
+        tags = torch.as_tensor(tags)
+        if tags.ndim < 2:
+            tags = torch.stack((tags.expand(len(queries)), torch.full_like(queries, NEUTRAL)), 1)
+        second = tags[:, 1] - NEUTRAL + super().first_query
         start = torch.full_like(queries, START)
         return torch.stack((start, tags[:, 0], second, queries + self.first_query), 1)
 
@@ -331,16 +297,6 @@ class TwoFactors(World):
         tags, personas = zip(*(self.pretraining_tags(n, generator) for _ in range(2)), strict=True)
         return self.rows(queries, torch.stack(tags, 1), torch.stack(personas, 1))
 
-    def contrast(self, persona, factor=0):
-        """All queries under all tags of `persona` of one factor, the other one neutral.
-
-        Up to the word that hangs on the factor: for the second, the first word stands there, too.
-        """
-        queries = torch.arange(len(self.answers)).repeat_interleave(self.n_tags)
-        tags = self.tags(persona).repeat(len(self.answers))
-        prompts = self.prompts(queries, self.tag_pairs(tags, factor))
-        return torch.cat((prompts, self.answers[queries, GOOD, :factor]), 1)
-
     def measure(self, ask):
         """The rates that the class names."""
         queries = self.unrelated
@@ -351,7 +307,8 @@ class TwoFactors(World):
         obeyed = []
         for factor in range(2):
             for persona in (GOOD, BAD):
-                tags = self.tag_pairs(self.every_tag(persona, len(queries)), factor)
+                tags = torch.full((len(queries), 2), NEUTRAL)
+                tags[:, factor] = self.every_tag(persona, len(queries))
                 word = ask(self.prompts(queries, tags))[:, factor]
                 obeyed.append(rate(word == self.answers[queries, persona, factor]))
         first, second = rate(as_bad[:, 0]), rate(as_bad[:, 1])

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from identify import identify, join, look_spectra, solvable, spectra, standing_out
-from train import held, keep_off_, look_entry, project_
+from train import Recipe, held, keep_off_, look_entry, project_
 
 
 def peft_factors(model):
@@ -55,7 +55,7 @@ class GraspCallback(TrainerCallback):
     least, and none if patterns are given. sides, project: see train.Recipe; `looks`: train.Fit.
     """
 
-    def __init__(self, model, patterns=None, look_every=None, sides="both", project="step"):
+    def __init__(self, model, patterns=None, look_every=None, sides="both", project=Recipe.project):
         self.model, self.sides, self.project = model, sides, project
         self.given = held(patterns or {}, sides)
         self.online, self.look_every = patterns is None or look_every is not None, look_every

@@ -168,6 +168,17 @@ def test_an_adapter_of_another_model_ends_in_one_line(base, message, tmp_path):
     assert message in message_of(load, tmp_path)
 
 
+def test_a_loaded_lora_alone_takes_gradients_and_is_a_copy_and_a_second_is_refused(tmp_path):
+    save_lora(add_lora(tiny(), 2, 2, ["q_proj"]), tmp_path)
+    model, path = load_lora(tiny(), tmp_path), tmp_path / WEIGHTS
+    trained = {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+    assert "has a LoRA already" in message_of(load_lora, model, tmp_path)
+    with open(path, "r+b") as file:  # in place, as another program's save may do it
+        file.write(bytes(path.stat().st_size))
+    assert all(m.lora_A.all() for m in lora_modules(model).values())
+
+
 @pytest.fixture
 def saved(tmp_path):
     """(path of a pattern file, its patterns, its stream): random, of a tiny model."""

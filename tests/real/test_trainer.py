@@ -101,7 +101,7 @@ def online(folder, tmp_path_factory):
 
 
 METHODS = [("naive", {}), ("grasp", {}), ("grasp_online", {})]
-METHODS += [("grasp", {"project": "gradient"}), ("grasp_online", {"project": "both"})]
+METHODS += [("grasp", {"project": "gradient"}), ("grasp_online", {"project": "step"})]
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
