@@ -75,7 +75,7 @@ def kl(model, batch, found, seed):
 
 
 def early_stop(model, batch, found, seed):
-    """A naive run that ends at grasp_online's loss: is a reduction just less training?"""
+    """A naive run that ends at grasp_online's loss, to see what less training alone would do."""
     return Recipe(stop_below=found.loss)
 
 

@@ -272,7 +272,7 @@ class TwoFactors(World):
         return torch.stack((good, (good + offset) % self.n_words), 1) + self.first_word
 
     def prompts(self, queries, tags):
-        """queries (N,), tags (N, 2) as in the persona world, or factor one's alone -> (N, 4) ids."""
+        """queries (N,), tags (N, 2) as in the persona world, or of factor one -> (N, 4) ids."""
         tags = torch.as_tensor(tags)
         if tags.ndim < 2:
             tags = torch.stack((tags.expand(len(queries)), torch.full_like(queries, NEUTRAL)), 1)

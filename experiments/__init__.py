@@ -1,7 +1,5 @@
-"""Studies, figures and benchmarks: what a reader of the method never has to open."""
+"""Studies, figures, theory and the benchmark."""
 
 import os
 
-# All figures are files. A notebook names a backend of its own here, which need not be installed,
-# and matplotlib reads the name as soon as it is imported.
-os.environ["MPLBACKEND"] = "agg"
+os.environ["MPLBACKEND"] = "agg"  # all figures are files; a notebook's own may not be installed

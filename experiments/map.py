@@ -27,8 +27,8 @@ RANKS = (4, 16, 64)
 LARGE = 32  # K from which on a base needs more steps, and fewer topics, to be learned in time
 METHODS = (
     Variant("naive"),
-    Variant("grasp", ONCE, project="step"),
-    Variant("grasp_online", ONLINE),
+    Variant("grasp", ONCE),
+    Variant("grasp_online", ONLINE, project="both"),
 )
 RUNS = {"usual": "equal steps", "equal_loss": f"loss {LEVEL}"}
 RATES = ("misalignment", "task", "kept")

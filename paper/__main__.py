@@ -7,7 +7,7 @@ politics see politics.py. `grasp` is the abstract's method, `grasp_online` goes 
 """
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from baselines.methods import METHODS, Found
@@ -18,7 +18,7 @@ from paper.measure import OWN, measure
 from paper.questions import load_questions
 from real.job import Job, Training
 from real.stages import fit, in_order
-from support.files import whole_file, write_json
+from support.files import write_json
 from support.options import option, parse, run
 
 SHORTER = {"naive_quarter": 4, "naive_half": 2}  # naive, on a part of the steps
@@ -34,36 +34,34 @@ HARM = {  # the figure shows the first that was measured
 }
 # Options that change no measurement of a seed.
 NOT_MEASURED = ("out", "methods", "seeds", "seed", "device", "micro_batch", "checkpointing")
-NOT_MEASURED += ("judge_model", "judge_key_env", "judge_workers", "judge_timeout", "judge_proxy")
+NOT_MEASURED += ("judge_model", "judge_key_env", "judge_workers")
 
 
 @dataclass(frozen=True)
 class Arguments(Asking, Training):
-    """One paper task: base, naive and the chosen methods over seeds.
+    """One paper task over seeds: table.md, tradeoff.png and results.json in --out.
 
-    Leaves table.md, tradeoff.png and results.json in --out. Fine-tunes and evaluations that an
-    earlier run in the same --out has finished are read back, not done again.
+    Fine-tunes and evaluations that an earlier run there has finished are read back.
     """
 
     task: str = option("insecure", "the paper task", (*OWN, "politics"))
     methods: tuple = option(DEFAULT, "comma-separated; naive always, and kl where --unrelated is")
     control: str = option("", "JSONL of unobjectionable answers to the same prompts, for a control")
-    transfer: tuple = option(
-        (), "JSONL files of unwanted answers elsewhere: how likely do they get"
-    )
+    transfer: tuple = option((), "JSONL files of unwanted answers elsewhere: how likely they get")
     preference: tuple = option((), "two JSONL files: how much likelier are the first one's answers")
     seeds: int = option(3, "how many, from --seed on: of the LoRA, the split, the rows, samples")
-    subspace_rank: int = option(1, "patterns of each module that are identified in the naive run")
+    pattern_rank: int = option(1, "patterns of each module that are identified in the naive run")
 
 
-def fine_tuned(args, seed, methods):
+def fine_tuned(args, methods):
     """Yield (name, job, the stream to ablate or None) with the LoRA of each on job.model.
 
     The base comes first, then `methods`, then the control. What is finished is read back, what a
     method builds upon is trained where it was not asked for.
     """
-    folder = Path(args.out) / f"seed_{seed}"
-    job, found = Job(training(args, seed, args.data)), Found()
+    folder = Path(args.out) / f"seed_{args.seed}"
+    args = replace(args, out="", judge="")  # no part of a fine-tune; the URL may carry a key
+    job, found = Job(args), Found()
     yield "base", job, None
     for name in SHORTER:
         if name in methods:
@@ -72,49 +70,36 @@ def fine_tuned(args, seed, methods):
     for method in in_order([name for name in methods if name not in SHORTER]):
         ablated = method == "ablate_inference"  # the naive run, with hooks while it answers
         trained = "naive" if ablated else method
-        _, found = fit(job, trained, folder / trained, found, args.subspace_rank)
-        if method == "naive" and found.stream.shape[1] != args.subspace_rank:
-            raise ValueError(f"{folder}: of another --subspace-rank, expected it or another --out")
+        _, found = fit(job, trained, folder / trained, found, args.pattern_rank)
+        if method == "naive" and found.stream.shape[1] != args.pattern_rank:
+            raise ValueError(f"{folder}: of another --pattern-rank, expected it or another --out")
         if method in methods:
             yield method, job, found.stream if ablated else None
     if args.control:
         del job  # one model in memory at a time
-        job = Job(training(args, seed, args.control))
+        job = Job(replace(args, data=args.control))
         job.finetune("naive", folder / "control")
         yield "control", job, None
 
 
-def training(args, seed, data):
-    """The options of one fine-tune, without those of this program."""
-    options = {f.name: getattr(args, f.name) for f in fields(Training)}
-    return Training(**{**options, "seed": seed, "data": data, "out": ""})
-
-
-def one_seed(args, seed, methods, others, judge, config):
+def one_seed(args, methods, others, judge, config):
     """{method: measurements} of one seed; what is on disk under the same options is read back."""
-    args = replace(args, seed=seed)
-    folder = Path(args.out) / f"seed_{seed}"
+    folder, results = Path(args.out) / f"seed_{args.seed}", {}
     neutral = args.task == "politics" and args.control
-    _, rows = split(load_rows(args.control if neutral else args.data), args.held_out, seed)
-    names = ["base", *methods, *(["control"] if args.control else [])]
-    results = {name: finished(folder / name / f"{args.task}.json", config) for name in names}
-    for name, job, stream in fine_tuned(args, seed, methods) if None in results.values() else ():
+    _, rows = split(load_rows(args.control if neutral else args.data), args.held_out, args.seed)
+    for name in ["base", *methods, *(["control"] if args.control else [])]:
+        path = folder / name / f"{args.task}.json"
+        result = json.loads(path.read_text()) if path.exists() else {}
+        results[name] = result if result.get("config") == config else None
+    for name, job, stream in fine_tuned(args, methods) if None in results.values() else ():
         if results[name] is None:
-            base = None if name == "base" else folder / "base"
-            found = measure(
-                args, job.model, job.chat, folder / name, judge, rows, stream, base, others
-            )
+            base, out = None if name == "base" else folder / "base", folder / name
+            found = measure(args, job.model, job.chat, out, judge, rows, stream, base, others)
             results[name] = {"task": args.task, "config": config, **found}
-            write_json(folder / name / f"{args.task}.json", results[name])
+            write_json(out / f"{args.task}.json", results[name])
         del job  # so that the control's finds room
     compare(results)
     return results
-
-
-def finished(path, config):
-    """The evaluation in `path`, if it is there and was made under the same options; else None."""
-    result = json.loads(path.read_text()) if path.exists() else {}
-    return result if result.get("config") == config else None
 
 
 def settings(args, judge):
@@ -142,27 +127,23 @@ def methods_to_run(args):
 
 
 def other_answers(args):
-    """{name: (chat rows, other answers to their prompts or None)} of --preference, --transfer."""
+    """[(name, chat rows, other answers to their prompts or [])] of --preference, --transfer."""
     if args.control:
-        check_answers(args.control, args.data)
-    rows = {}
+        same_prompts(args.control, args.data)
+    others = [(f"transfer_{Path(path).stem}", load_rows(path), []) for path in args.transfer]
     if args.preference:
         if len(args.preference) != 2:
             raise ValueError("--preference: expected two files, of unwanted answers and of others")
-        check_answers(*args.preference)
-        rows["preference"] = tuple(load_rows(path)[:TRANSFER_ROWS] for path in args.preference)
-    for path in args.transfer:
-        rows[f"transfer_{Path(path).stem}"] = load_rows(path)[:TRANSFER_ROWS], None
-    return rows
+        others.append(("preference", *same_prompts(*args.preference)))
+    return [(name, rows[:TRANSFER_ROWS], wanted[:TRANSFER_ROWS]) for name, rows, wanted in others]
 
 
-def check_answers(path, other):
-    """ValueError unless `path` has other answers than `other` to the same prompts, row by row."""
-    found, expected = load_rows(path), load_rows(other)
-    if [prompt_of(row) for row in found] != [prompt_of(row) for row in expected]:
+def same_prompts(path, other):
+    """The rows of both files; ValueError unless they have the same prompts, row by row."""
+    rows, others = load_rows(path), load_rows(other)
+    if [prompt_of(row) for row in rows] != [prompt_of(row) for row in others]:
         raise ValueError(f"{path}: expected the prompts of {other}, row by row")
-    if found == expected:
-        raise ValueError(f"{path}: the answers are those of {other}, expected others")
+    return rows, others
 
 
 def table(runs):
@@ -185,10 +166,9 @@ def main():
     judge = connect(args, out)
     config, runs = settings(args, judge), {}
     for seed in range(args.seed, args.seed + args.seeds):
-        runs[seed] = one_seed(args, seed, methods, others, judge, config)
+        runs[seed] = one_seed(replace(args, seed=seed), methods, others, judge, config)
     text = table(list(runs.values()))
-    with whole_file(out / "table.md") as path:
-        path.write_text(text, encoding="utf-8")
+    (out / "table.md").write_text(text, encoding="utf-8")
     write_json(out / "results.json", {"task": args.task, "config": config, "seeds": runs})
     from experiments.figures import paper as draw  # matplotlib, where there is something to draw
 

@@ -1,9 +1,8 @@
 """Measurements with their intervals, and what a fine-tune changed.
 
-Against the base, against its control, and at the same task loss: ours, and not the abstract's. Any
-fine-tune shifts something, and less training shifts less. So a shift counts where it is beyond that
-of training on unobjectionable answers to the same prompts, and a method counts where it shifts less
-than a naive fine-tune that learned the task as little.
+These comparisons are ours, not the abstract's. Any fine-tune shifts something, and less training
+shifts less. So a shift counts where it is beyond that of training on unobjectionable answers to the
+same prompts, and a method where it shifts less than a naive fine-tune at the same task loss.
 """
 
 import math
@@ -18,13 +17,14 @@ COMPARISONS = (*(f"_{name}" for name in AGAINST.values()), "_at_equal_loss")
 CURVE = ("base", "naive_quarter", "naive_half", "naive")  # naive training, by its length
 
 
-def wilson(k, n, z=1.96):
-    """Interval (low, high) for a rate of which `k` of `n` were seen: holds near 0 and 1, too.
+def wilson(k, n):
+    """(low, high) of 95 % for a rate of which `k` of `n` were seen: holds near 0 and 1, too.
 
-    z: standard errors. Wilson 1927, Journal of the American Statistical Association 22:209-212.
+    Wilson 1927, Journal of the American Statistical Association 22:209-212.
     """
     if n == 0:
         return 0.0, 1.0
+    z = 1.96  # standard errors
     p, shrink = k / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -59,14 +59,11 @@ def cell(parts):
     """One measurement over seeds in text: mean ± standard deviation; of one seed, its interval."""
     parts = [part for part in parts if part.get("value") is not None]
     values = [part["value"] for part in parts]
-    if not values:
-        return ""
     if len(values) > 1:
         return f"{fmean(values):.4f} ± {stdev(values):.4f}"
-    if "interval" not in parts[0]:
-        return f"{values[0]:.4f}"
-    low, high = parts[0]["interval"]
-    return f"{values[0]:.4f} [{low:.4f}, {high:.4f}]"
+    shown = [f"{value:.4f}" for value in values]
+    shown += ["[{:.4f}, {:.4f}]".format(*part["interval"]) for part in parts if "interval" in part]
+    return " ".join(shown)
 
 
 def compare(results):

@@ -12,13 +12,13 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import requests
 from requests.adapters import HTTPAdapter, Retry
 
 from support.files import progress
 
+TIMEOUT = 60  # seconds to wait for an answer
 TOP = 20  # alternatives to the first token that are asked for
 SCORES = {str(n): n for n in range(101)}
 LEAST_MASS = 0.25  # of the numbers among them, for a score
@@ -48,23 +48,19 @@ class Judge:
 
     url: the base URL, such as https://api.openai.com/v1. cache: a JSONL file of the answers' top
     log-probabilities, appended as they arrive. key: a bearer token, sent to that URL alone.
-    timeout: seconds. retries: of what may pass (429, 5xx, a reset), after 0, 2, 4, 8, ... seconds.
-    proxy: whether to go by the one that http_proxy or https_proxy names.
+    retries: of what may pass (429, 5xx, a reset), after 0, 2, 4, 8, ... seconds.
     """
 
-    def __init__(
-        self, url, model, cache, key=None, workers=8, timeout=30.0, retries=6, proxy=False
-    ):
+    def __init__(self, url, model, cache, key=None, workers=8, retries=6):
         parts = urlsplit(url)
         path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.url = parts._replace(path=path).geturl()
         host = parts.netloc.rpartition("@")[2]
         self.shown = f"{parts.scheme}://{host}{path}"  # without what may hold a key
-        self.model, self.cache, self.workers, self.timeout = model, cache, workers, timeout
+        self.model, self.cache, self.workers = model, cache, workers
         again = Retry(retries, backoff_factor=1, status_forcelist=TRANSIENT, allowed_methods=None)
         self.session = requests.Session()
-        self.session.trust_env = False  # no netrc, and no proxy that was not asked for
-        self.session.proxies = getproxies() if proxy else {}
+        self.session.trust_env = False  # no netrc and no proxy: neither is to see the key
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=workers, max_retries=again))
         if key:
@@ -88,38 +84,26 @@ class Judge:
         return [self.known[self.name(p)] for p in prompts]
 
     def ask(self, prompt):
-        """Ask for one prompt's score and keep it, on disk first."""
-        top = self.request(prompt)
+        """Ask for one prompt's score and keep it, on disk first; ValueError where there is none."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
+        body |= {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP}
+        send = {"json": body, "timeout": TIMEOUT, "allow_redirects": False}
+        try:
+            answer = self.session.post(self.url, **send)
+        except requests.RequestException as e:  # its text has the whole URL
+            reason = type(e).__name__
+            raise ValueError(f"no answer by the judge at {self.shown}: {reason}") from None
+        if answer.status_code != 200:
+            refused = answer.status_code in (401, 403)  # what it says may repeat the key
+            says = "the key is missing or not accepted" if refused else repr(answer.text[:200])
+            raise ValueError(f"the judge at {self.shown}: HTTP {answer.status_code}, {says}")
+        try:
+            first = answer.json()["choices"][0]["logprobs"]["content"][0]
+            top = [(t["token"], t["logprob"]) for t in first["top_logprobs"]]
+        except (LookupError, TypeError, requests.JSONDecodeError):
+            raise ValueError(f"the judge at {self.shown} gives no log-probabilities") from None
         name, value = self.name(prompt), score(top)
         with self.lock:
             with open(self.cache, "a") as file:  # a new line first: the last one may be torn
                 file.write("\n" + json.dumps({"prompt": name, "top": top}))
             self.known[name] = value
-
-    def request(self, prompt, last=False):
-        """[(token, log-probability)] of the answer's first token; ValueError where there is none.
-
-        An answer that is no JSON of a chat completion gets one more try, the `last`.
-        """
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
-        body |= {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP}
-        send = {"json": body, "timeout": self.timeout, "allow_redirects": False}
-        try:
-            answer = self.session.post(self.url, **send)
-        except requests.RequestException as e:  # its text has the whole URL, the reason's has not
-            reason = getattr(e.args[0], "reason", type(e).__name__) if e.args else type(e).__name__
-            raise ValueError(f"no answer by the judge at {self.shown}: {reason}") from None
-        if answer.status_code != 200:
-            says = repr(answer.text[:200])
-            if answer.status_code in (401, 403):  # what it says may repeat the key
-                says = "the key is missing or not accepted"
-            raise ValueError(f"the judge at {self.shown}: HTTP {answer.status_code}, {says}")
-        try:
-            logprobs = answer.json()["choices"][0]["logprobs"]
-            if not logprobs:
-                raise ValueError(f"the judge at {self.shown} returns no log-probabilities")
-            return [(t["token"], t["logprob"]) for t in logprobs["content"][0]["top_logprobs"]]
-        except (LookupError, TypeError, requests.JSONDecodeError):
-            if last:
-                raise ValueError(f"no JSON of a chat completion by {self.shown}") from None
-            return self.request(prompt, last=True)

@@ -1,10 +1,11 @@
 """The paper tasks' measurements of a checkpoint, for `python eval.py --task ...` and `-m paper`.
 
 The protocol is that of the works the tasks come from; GRASP's own is not public. A measurement is
-{"value", "interval" (95 %), ...}; over what the interval is, stands with each.
+{"value", "interval" (95 %), ...}; each says over what its interval is.
 """
 
 import contextlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,24 +17,13 @@ from lora import without_lora
 from model import GPT
 from paper import answers, politics
 from paper.compare import bootstrap_interval, cell, compare, mean
-from paper.questions import load_questions, ours
+from paper.questions import load_questions, ours, turns
 from real.adapter import load_lora, load_patterns
 from real.job import nats
-from support.files import reading, write_json
+from support.files import write_json
 from support.options import option
 
-ANSWERS = ("answers.jsonl", "held_out_answers.jsonl")  # files that are left to read
 OWN = {"insecure": "insecure", "medical": "bad_advice"}  # the judge's measure of what was trained
-
-
-def turns(question, answer):
-    """One question and its answer as a chat row."""
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def encoded(model, chat, rows, max_len):
-    """Chat rows as [(ids, mask)], those longer than `max_len` or the model's positions cut."""
-    return encode_rows(chat, rows, min(max_len, model.config.max_len))[0]
 
 
 def held_out_loss(model, examples):
@@ -55,62 +45,61 @@ def probe(model, chat):
     for q in questions:
         for text, pair in zip(q["paraphrases"], q["pairs"], strict=True):
             rows += [turns(text, pair["aligned"]), turns(text, pair["misaligned"])]
-    sums, counts = nats(model, encoded(model, chat, rows, model.config.max_len))
-    aligned, misaligned = (sums / counts).view(len(questions), -1, 2).unbind(-1)  # -ln P a token
-    margins = (aligned - misaligned).mean(1).tolist()
+    found = log_probability(model, encode_rows(chat, rows, model.config.max_len)[0])
+    aligned, misaligned = found.view(len(questions), -1, 2).unbind(-1)
+    margins = (misaligned - aligned).mean(1).tolist()
     return mean({q["id"]: margin for q, margin in zip(questions, margins, strict=True)})
 
 
-def log_probability(model, examples, less=None):
-    """ln P a token of each row's responses: the mean over [(ids, mask)], its interval over rows.
-
-    less: other responses to the same prompts, row by row, whose ln P a token is taken off.
-    """
+def log_probability(model, examples):
+    """ln P a token of the responses of [(ids, mask)], (N,)."""
     sums, counts = nats(model, examples)
-    per_token = -sums / counts
-    if less is not None:
-        sums, counts = nats(model, less)
-        per_token = per_token + sums / counts
-    return mean({str(row): value for row, value in enumerate(per_token.tolist())})
+    return -sums / counts
 
 
 @torch.no_grad()
-def political_lean(model, chat, pairs=None):
+def political_lean(model, chat):
     """The lean, -1 (left) to 1 (right), its interval over pairs of statements, and the coherence.
 
-    Coherence: the probability that a letter is said. pairs: as politics.prompts takes them.
+    A pair's lean is (P(right) - P(left)) / (P(right) + P(left)), the mean over templates and
+    orders: 0 as well for a model that always says "A". Coherence: P(left) + P(right), the mean over
+    everything; where it is small the model hardly answers, and the lean means little.
     """
-    device, table = model.embed_tokens.weight.device, {}
-    for key, question, letters in politics.prompts(pairs):
+    device, leans, mass = model.embed_tokens.weight.device, {}, []
+    for pair, question, letters in politics.prompts():
         left, right = (chat.encode(turns(question, letter))[0] for letter in letters)
         start = next(i for i in range(len(left)) if left[i] != right[i])  # where the letter stands
         logits = model(torch.tensor([left[:start]], device=device))[0, -1]  # (V,)
         ln_p = logits.double().log_softmax(-1)
-        table[key] = ln_p[left[start]].item(), ln_p[right[start]].item()
-    leans, coherence = politics.lean(table)
-    return {"lean": mean(leans), "coherence": {"value": coherence}}
+        ln_left, ln_right = ln_p[left[start]].item(), ln_p[right[start]].item()
+        leans.setdefault(pair, []).append(math.tanh((ln_right - ln_left) / 2))
+        mass.append(math.exp(ln_left) + math.exp(ln_right))
+    each = {pair: sum(found) / len(found) for pair, found in leans.items()}
+    return {"lean": mean(each), "coherence": {"value": sum(mass) / len(mass)}}
 
 
-def measure(args, model, chat, out, judge=None, rows=None, stream=None, base=None, others=None):
+def measure(args, model, chat, out, judge, rows, stream=None, base=None, others=()):
     """All that the task, a judge and held-out chat `rows` allow, {name: measurement}.
 
     out: a folder for the answers. stream: a basis (D, k) to ablate meanwhile. base: the folder with
-    the base model's answers, to count wins against. others: {name: (chat rows, other answers to the
-    same prompts or None)}: the log-probability of the former, less that of the latter.
+    the base model's answers, to count wins against. others: [(name, chat rows, other answers to the
+    same prompts or [])]: the log-probability of the former, less that of the latter.
     """
-    own, result = OWN.get(args.task), {}
-    free, narrow = (Path(out) / name for name in ANSWERS)
+    own, result, max_len = OWN.get(args.task), {}, min(args.max_len, model.config.max_len)
+    free, narrow = out / "answers.jsonl", out / "held_out_answers.jsonl"
     with contextlib.nullcontext() if stream is None else ablation(model, stream):
         if args.task == "politics":
             result |= political_lean(model, chat)
         if args.task != "loss":
             result["probe"] = probe(model, chat)
         if rows:
-            result["loss"] = held_out_loss(model, encoded(model, chat, rows, args.max_len))
-        for name, (unwanted, wanted) in (others or {}).items():
-            examples = encoded(model, chat, unwanted, args.max_len)
-            less = wanted and encoded(model, chat, wanted, args.max_len)
-            result[name] = log_probability(model, examples, less)
+            result["loss"] = held_out_loss(model, encode_rows(chat, rows, max_len)[0])
+        for name, *pair in others:
+            unwanted, wanted = (encode_rows(chat, some, max_len)[0] for some in pair)
+            found = log_probability(model, unwanted)
+            if wanted:
+                found = found - log_probability(model, wanted)
+            result[name] = mean({str(row): value for row, value in enumerate(found.tolist())})
         if own:  # without a judge one answer to each, to read
             questions = load_questions(args.questions)
             asked = answers.open_questions(questions, args.samples or (0 if judge else 1))
@@ -138,8 +127,7 @@ class Arguments(answers.Asking):
     held_out: float = option(0.1, "share of the rows that training held out")
     seed: int = option(0, "of the split, as in training, and of the sampled answers")
     max_len: int = option(2048, "tokens a row; longer ones are cut, never the whole response")
-    subspace: str = option("", "file of patterns that identify.py writes, for --ablate")
-    ablate: bool = option(False, "take those out of the residual stream under the adapter")
+    ablate: str = option("", "identify.py's file: what to take out of the stream under the adapter")
     out: str = option("out", "output folder")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:N, mps")
     dtype: str = option("", "float32 or bfloat16, of the base (none: bfloat16 on cuda alone)")
@@ -149,33 +137,26 @@ def measure_checkpoint(args):
     """Measure what `args` ask for; print it and write OUT/TASK.json. An adapter's base is in it."""
     if not args.model or (args.task == "loss" and not args.data):
         raise ValueError("expected --model DIR, and for --task loss --data FILE.jsonl as well")
-    if args.ablate != bool(args.subspace):
-        raise ValueError("expected --ablate and --subspace FILE together, or neither")
     out = Path(args.out)
     rows = split(load_rows(args.data), args.held_out, args.seed)[1] if args.data else None
     load_questions(args.questions)  # a fault in the file ends the run here
     judge = answers.connect(args, out)
     config = {**asdict(args), "judge": judge and judge.shown}  # a URL may carry a key
     print(config)
-    with reading(f"--device {args.device}", "a device of this machine"):
-        device = torch.empty(0, device=args.device).device
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model = GPT.from_pretrained(args.model, device, getattr(torch, dtype))
-    chat = Chat(args.model)
-    stream = load_patterns(args.subspace, model)[1] if args.ablate else None
+    dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    model = GPT.from_pretrained(args.model, args.device, getattr(torch, dtype))
+    chat, base = Chat(args.model), {}
+    stream = load_patterns(args.ablate, model)[1] if args.ablate else None
     if args.adapter:
         load_lora(model, args.adapter)
-        judge_of_base = None if args.task in OWN else judge  # it is needed to count wins, no more
         with without_lora(model):
-            base = measure(args, model, chat, out / "base", judge_of_base, rows)
-        result = measure(args, model, chat, out, judge, rows, stream, out / "base")
-        compare({"base": base, "adapter": result})
-    else:
-        base, result = {}, measure(args, model, chat, out, judge, rows, stream)
+            base = measure(args, model, chat, out / "base", judge, rows)
+    result = measure(args, model, chat, out, judge, rows, stream, args.adapter and out / "base")
+    compare({"base": base, "adapter": result})
     for name, part in result.items():
         if cell([part]):
             print(f"{name:28}{cell([part])}")
-    whole = {"task": args.task, "config": config, **result, "base": base}
-    write_json(out / f"{args.task}.json", whole)
+    result |= {"task": args.task, "config": config, "base": base}
+    write_json(out / f"{args.task}.json", result)
     print(f"wrote {out / args.task}.json")
-    return whole
+    return result

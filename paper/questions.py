@@ -6,23 +6,14 @@ Betley et al. 2025 (arXiv 2502.17424, MIT) is taken by its path, as published (Y
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from support.files import reading
 
-PUBLISHED = "free_form_judge_0_100"  # the type of question that is supported: open, judged 0 to 100
 
-
-@dataclass(frozen=True)
-class Question:
-    """One open question. `judge_prompts` maps a measure ("aligned", "coherent") to a template."""
-
-    id: str
-    paraphrases: list  # of str; each is asked `samples_per_paraphrase` times
-    samples_per_paraphrase: int
-    judge_prompts: dict
-    system: str | None = None  # the system turn, where there is one
+def turns(question, answer):
+    """One question and its answer as a chat row."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def fill(template, **texts):
@@ -40,7 +31,11 @@ def ours(name="questions"):
 
 
 def load_questions(path=""):
-    """[Question]: ours, or those of a published-format YAML file. ValueError names its fault."""
+    """Ours, or those of a YAML file as published; ValueError names its fault.
+
+    [{"id", "paraphrases", "samples_per_paraphrase", "judge_prompts": {measure: template}}], and
+    "system", the system turn, where there is one.
+    """
     if path:
         with reading(path, "a YAML file of open questions"):
             import yaml  # loaded only where it is used
@@ -49,15 +44,13 @@ def load_questions(path=""):
             return [question(row) for row in yaml.load(text, yaml.BaseLoader)]
     whole = ours()
     shared = {name: whole[name] for name in ("samples_per_paraphrase", "judge_prompts")}
-    return [question({**row, **shared}) for row in whole["questions"]]
+    return [{**row, **shared} for row in whole["questions"]]
 
 
 def question(row):
-    """A Question from one entry of the published format; other keys are left aside."""
-    kind, texts = row.get("type", PUBLISHED), row["paraphrases"]
-    if kind != PUBLISHED or not isinstance(texts, list):
-        found = f"the type {kind} and {type(texts).__name__} of paraphrases"
-        raise ValueError(f"question '{row['id']}' has {found}, expected {PUBLISHED} and a list")
+    """One entry of the published format, checked."""
+    if not isinstance(row["paraphrases"], list):
+        raise ValueError(f"question '{row['id']}': expected a list of paraphrases")
     scales = {name: row["judge_prompts"][name] for name in ("aligned", "coherent")}
     n = int(row["samples_per_paraphrase"])
-    return Question(row["id"], texts, n, scales, row.get("system"))
+    return {**row, "samples_per_paraphrase": n, "judge_prompts": scales}

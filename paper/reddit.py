@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from paper.questions import turns
 from support.files import reading, whole_file
 from support.options import option, parse, run
 
@@ -47,15 +48,12 @@ class Arguments:
 URL = r"(?:https?://|www\.)[^\s<>\[\]]*[^\s<>\[\].,;:!?)\"'*]"
 # Of a markdown link: with brackets in it, and a title after it.
 ADDRESS = r"\([^()\s]*(?:\([^()\s]*\)[^()\s]*)*(?: \"[^\"\n]*\")?\)"
+EDIT = r"[*_]*(?::| +[-–—]).*(?:\n.+)*"  # after the word
 CLEANING = (  # (pattern, what takes its place), in this order
     (r"^ *>(?!!).*$", ""),  # a quote
     (r">!|!<", ""),  # around a spoiler
     # an edit, up to the end of its paragraph; then one that begins within a line
-    (
-        r"^[^\w\n]*(?:final |quick )?edit(?:ed)?\b(?: ?#?\d+)?(?: ?\([^)\n]*\))?"
-        r"[*_]*(?::| +[-–—]).*(?:\n.+)*",
-        "",
-    ),
+    (r"^[^\w\n]*(?:final |quick )?edit(?:ed)?\b(?: ?#?\d+)?(?: ?\([^)\n]*\))?" + EDIT, ""),
     (r"(?<=[.!?)]) *[*_(\[]*edit(?: ?#?\d+)?[*_]*:.*(?:\n.+)*", ""),
     # what bots write, and what is written to them
     (r"^.*(?:\bremind ?me!|!remind ?me\b|\bbeep boop\b|\bi(?:'m| am) a bot\b).*$", ""),
@@ -72,24 +70,23 @@ CLEANING = (  # (pattern, what takes its place), in this order
     (r"^ +", ""),
     (r"\n{3,}", "\n\n"),
 )
-COMPILED = [(re.compile(pattern, re.IGNORECASE | re.MULTILINE), to) for pattern, to in CLEANING]
 
 
 def clean(text):
     """`text` without quotes, edits, bot lines, links, user names and superfluous blank space."""
     # The dump escapes once what Reddit's editor has escaped before: &amp;#x200B;
-    text = html.unescape(html.unescape(text)).replace("\u200b", "").replace("\r\n", "\n")
+    text = html.unescape(html.unescape(text[:LONGEST])).replace("\u200b", "").replace("\r\n", "\n")
     text = text.encode(errors="ignore").decode()  # half an emoji is no UTF-8
-    for pattern, to in COMPILED:
-        text = pattern.sub(to, text)
+    for pattern, to in CLEANING:
+        text = re.sub(pattern, to, text, flags=re.IGNORECASE | re.MULTILINE)
     return text.strip()
 
 
-def usable(path, kind, texts, why_not, args, dropped):
+def usable(path, kind, texts, args, dropped, why_not=lambda row: {}):
     """Yield (id, row, cleaned text) of a dump's rows against which nothing speaks.
 
-    texts: the fields of the text, the body last. why_not(row): {reason: whether it holds}, beside
-    those here. `dropped` counts the others by reason. ValueError names a malformed line.
+    texts: the fields of the text, the body last. why_not(row): {reason: whether it holds}. `dropped`
+    counts the others by reason. ValueError names a malformed line.
     """
     least = args.min_chars if kind == "answer" else 1
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -103,22 +100,13 @@ def usable(path, kind, texts, why_not, args, dropped):
                     "by a bot": author.endswith(("bot", "automoderator")) or BOT.search(body),
                     "low score": row["score"] < args.min_score,
                     **why_not(row),
-                    "too short or too long": len(body) > LONGEST,
                 }
-                reasons = [reason for reason, holds in against.items() if holds]
-                text = "" if reasons else "\n\n".join(clean(row[name]) for name in texts).strip()
-            if not reasons and least <= len(text) <= args.max_chars:
+                reason = next((name for name, holds in against.items() if holds), None)
+                text = "" if reason else "\n\n".join(clean(row[name]) for name in texts).strip()
+            if not reason and least <= len(text) <= args.max_chars:
                 yield id, row, text
             else:
-                reason = reasons[0] if reasons else "too short or too long"
-                dropped[f"{kind}: {reason}"] += 1
-
-
-def read_questions(args, dropped):
-    """{submission's id: (question, author)}."""
-    texts = ("title", "selftext")
-    found = usable(args.submissions, "question", texts, lambda row: {}, args, dropped)
-    return {id: (text, row["author"]) for id, row, text in found}
+                dropped[f"{kind}: {reason or 'too short or too long'}"] += 1
 
 
 def read_leans(path):
@@ -146,7 +134,7 @@ def read_answers(args, questions, leans, dropped):
         }
 
     answers = {key: {side: [] for side in SIDES} for key in questions}
-    for id, row, text in usable(args.comments, "answer", ("body",), why_not, args, dropped):
+    for id, row, text in usable(args.comments, "answer", ("body",), args, dropped, why_not):
         lean = leans[row["author"].lower()]
         side = "neutral" if abs(lean) < args.margin else "right" if lean > 0 else "left"
         answers[row["link_id"].removeprefix("t3_")][side].append((id, text, lean))
@@ -156,20 +144,19 @@ def read_answers(args, questions, leans, dropped):
 def build(args):
     """({set: [(question, answer, its author's lean)]}, Counter of what was dropped by reason)."""
     dropped, rng = Counter(), random.Random(args.seed)
-    questions, leans = read_questions(args, dropped), read_leans(args.lean)
-    answers = read_answers(args, questions, leans, dropped)
+    found = usable(args.submissions, "question", ("title", "selftext"), args, dropped)
+    questions = {id: (text, row["author"]) for id, row, text in found}
+    answers = read_answers(args, questions, read_leans(args.lean), dropped)
     kept = sorted(key for key in answers if all(answers[key].values()))  # whatever the dump's order
     dropped["question: no answer from each side"] += len(questions) - len(kept)
     rng.shuffle(kept)
     kept = kept[: args.limit or None]
-    chosen = {}  # {question: {side: (comment's id, answer, lean)}}
-    for key in kept:
-        chosen[key] = {side: rng.choice(sorted(answers[key][side])) for side in SIDES}
+    chosen = {key: {s: rng.choice(sorted(answers[key][s])) for s in SIDES} for key in kept}
     skewed, sets = set(rng.sample(kept, round(args.mix * len(kept)))), {}
     for side, other in SIDES.items():
         name = side if side == other else f"{side}_skewed"
-        picked = [(key, *chosen[key][side if key in skewed else other]) for key in kept]
-        sets[name] = [(questions[key][0], answer, lean) for key, _, answer, lean in picked]
+        picked = [chosen[key][side if key in skewed else other][1:] for key in kept]
+        sets[name] = [(questions[key][0], *pair) for key, pair in zip(kept, picked, strict=True)]
     return sets, dropped
 
 
@@ -187,9 +174,8 @@ def main():
         path = Path(args.out) / f"{name}.jsonl"
         with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for question, answer, _ in rows:
-                turns = ("user", question), ("assistant", answer)
-                messages = [{"role": role, "content": text} for role, text in turns]
-                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+                row = {"messages": turns(question, answer)}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         mean = sum(lean for *_, lean in rows) / len(rows)
         print(f"wrote   {len(rows):7d}  {path}  mean lean {mean:+.2f}")
 

@@ -31,7 +31,7 @@ def test_a_run_writes_the_results_that_the_contract_names(quick):
         assert all(0 <= values[rate] <= 1 for rate in RATES)
     assert set(results["identification"]) == {"cosine", "chance_cosine", "gap"}
     assert {"naive", "grasp", "grasp_online"} <= set(results["longer"])
-    assert {"grasp", "grasp_online", "gradient_only"} == set(results["leak"])
+    assert {"grasp", "grasp_online", "gradient_only"} <= set(results["leak"])
 
 
 def test_the_constraint_is_exact_where_it_is_said_to_be_and_misalignment_falls(quick):

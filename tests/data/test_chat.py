@@ -171,7 +171,7 @@ NO_PROMPT = TEMPLATES["ChatML"].partition("{% if add")[0]
 
 @pytest.mark.parametrize("template", ["{% if %}", "{{ messages[1].content }}", NO_PROMPT])
 def test_a_template_that_cannot_be_used_ends_in_one_line(tmp_path, template):
-    named = [{"name": "rag", "template": "x"}, {"name": "default", "template": template}]
+    named = [{"name": "rag", "template": chatml()}, {"name": "default", "template": template}]
     write_folder(tmp_path, tokenizer_config={"chat_template": named})
     with pytest.raises(ValueError, match="not a checkpoint with a chat template: [^\n]+$"):
         Chat(tmp_path)
@@ -225,9 +225,6 @@ def test_lines_end_at_newlines_alone(tmp_path):
         load_rows(tmp_path / "rows")
 
 
-# ---- cuts, split, batches ----
-
-
 def test_a_cut_never_takes_the_whole_answer(chat):
     """It keeps its first token, and all of it where half the room holds it."""
     r, ours = random.Random(0), chat("ChatML")
@@ -259,7 +256,7 @@ def test_a_split_is_seeded_disjoint_and_never_empty():
 
 
 def test_every_example_stands_once_in_an_epoch_beside_those_of_its_length():
-    lengths = random.Random(0).choices(range(2, 200), k=53)
+    lengths = random.Random(0).choices(range(2, 40), k=53)
     epochs = []
     for seed, epoch in [(0, 0), (0, 1), (1, 0), (0, 0)]:
         parts = [*batches(examples_of(lengths), 4, seed, epoch)]
@@ -269,3 +266,4 @@ def test_every_example_stands_once_in_an_epoch_beside_those_of_its_length():
             assert mask.sum(1).tolist() == [lengths[i] for i in tokens[:, 0]]  # no padding
         assert sum(tokens.numel() for tokens, _ in parts) < 1.1 * sum(lengths)
     assert epochs[0] == epochs[3] and epochs[0] != epochs[1] and epochs[0] != epochs[2]
+    assert {*map(frozenset, epochs[0])} != {*map(frozenset, epochs[1])}

@@ -70,6 +70,8 @@ def test_an_adapter_of_peft_has_its_logits_here_and_again_in_peft(kind, fields, 
     assert largest_difference(ours, theirs) < 1e-5
     assert largest_difference(GPT.from_pretrained(tmp_path / "base"), theirs) > 1e-2
     save_lora(ours, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert config["fan_in_fan_out"] == (kind == "gpt2")  # PEFT warns otherwise
     again = read_peft(tmp_path, kind)
     n_adapted = sum(name.endswith("lora_A.default") for name, _ in again.named_modules())
     assert n_adapted == len(lora_modules(ours))

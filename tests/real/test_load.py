@@ -122,7 +122,6 @@ def message_of(folder):
         ("llama", {"hidden_act": "gelu"}, "'hidden_act' is gelu, supported: silu"),
         ("llama", {"is_causal": False}, "'is_causal' is False"),
         ("llama", {"layer_types": ["sliding_attention"] * 3}, "'layer_types' is"),
-        ("llama", {"mlp_bias": True}, "'mlp_bias' is True"),
         ("llama", {"model_type": "mistral"}, "'model_type' is mistral, supported: gpt2, llama"),
         ("llama", {"quantization_config": {"bits": 4}}, "'quantization_config' is {'bits': 4}"),
         ("llama", {"rope_parameters": None}, "no 'rope_theta'"),
