@@ -44,7 +44,7 @@ def load_questions(path=""):
             return [question(row) for row in yaml.load(text, yaml.BaseLoader)]
     whole = ours()
     shared = {name: whole[name] for name in ("samples_per_paraphrase", "judge_prompts")}
-    return [{**row, **shared} for row in whole["questions"]]
+    return [question({**row, **shared}) for row in whole["questions"]]
 
 
 def question(row):

@@ -85,7 +85,7 @@ def clean(text):
 def usable(path, kind, texts, args, dropped, why_not=lambda row: {}):
     """Yield (id, row, cleaned text) of a dump's rows against which nothing speaks.
 
-    texts: the fields of the text, the body last. why_not(row): {reason: whether it holds}. `dropped`
+    texts: the text's fields, the body last. why_not(row): {reason: whether it holds}. `dropped`
     counts the others by reason. ValueError names a malformed line.
     """
     least = args.min_chars if kind == "answer" else 1

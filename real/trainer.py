@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import TrainerCallback
 
-from identify import identify, join, look_spectra, solvable, spectra, standing_out
-from train import Recipe, held, keep_off_, look_entry, project_
+from identify import LOOK_RANK, identify, join, look_spectra, solvable, spectra, standing_out
+from train import held, keep_off_, look_entry, project_
 
 
 def peft_factors(model):
@@ -52,11 +52,12 @@ class GraspCallback(TrainerCallback):
 
     patterns: from `peft_patterns` (the abstract's second stage); None: what stands out while
     training joins (ours). look_every: steps between looks; None: some 30 a run, one in 10 steps at
-    least, and none if patterns are given. sides, project: see train.Recipe; `looks`: train.Fit.
+    least, and none if patterns are given. sides, project: see train.Recipe; looks: train.Fit.
     """
 
-    def __init__(self, model, patterns=None, look_every=None, sides="both", project=Recipe.project):
-        self.model, self.sides, self.project = model, sides, project
+    def __init__(self, model, patterns=None, look_every=None, sides="both", project=None):
+        self.model, self.sides = model, sides
+        self.project = project or ("step" if patterns else "both")  # as in grasp.py
         self.given = held(patterns or {}, sides)
         self.online, self.look_every = patterns is None or look_every is not None, look_every
         self.hooks, factors = [], peft_factors(model)
@@ -69,9 +70,9 @@ class GraspCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Project A and B, or take up the patterns of a checkpoint; register the hooks."""
+        self.on_train_end()  # hooks of a run that was interrupted
         if model is not self.model:
             raise ValueError("Trainer has another model than GraspCallback, or has sharded it")
-        self.on_train_end()  # hooks of a run that was interrupted
         self.factors = peft_factors(model)
         if state.global_step > 0:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
@@ -81,12 +82,12 @@ class GraspCallback(TrainerCallback):
         else:
             self.patterns, self.looks, self.nulls = self.shared(self.given), [], None
             keep_off_(self.factors, self.patterns)
-        self.watching, self.grams = self.online and self.nulls is None, {}
+        self.grams = dict.fromkeys(self.factors, 0.0)
+        self.watching = self.online and self.nulls is None
         self.hooks.append(model.register_forward_pre_hook(self.keep_labels, with_kwargs=True))
         for name, (A, B) in self.factors.items():
-            self.grams[name] = torch.zeros(len(A), len(A), device=A.device)
-            layer = model.get_submodule(name)
-            self.hooks.append(layer.register_forward_hook(partial(self.watch, name)))
+            watch = partial(self.watch, name)
+            self.hooks.append(model.get_submodule(name).register_forward_hook(watch))
             for side, X in enumerate((B, A)):
                 if self.project != "step" and X.requires_grad:
                     self.hooks.append(X.register_hook(partial(self.projected, name, side)))
@@ -108,13 +109,13 @@ class GraspCallback(TrainerCallback):
 
     @torch.no_grad()
     def watch(self, name, layer, inputs, output):
-        """A hook in the first step: the Gram matrix (r, r) of A x, where x predicts a label."""
+        """A hook in the first step: the Gram matrix (q, q) of A x, where x predicts a label."""
         if self.watching and layer.training:
             x, A = inputs[0], self.factors[name][0]
             if self.labels is not None and self.labels.shape == x.shape[:-1]:  # else of all x
                 x = x[:, :-1][self.labels[:, 1:].to(x.device) != -100]
-            low = (x.float() @ A.float().T).flatten(0, -2)
-            self.grams[name] += low.T @ low
+            low = (x.float() @ A[:LOOK_RANK].float().T).flatten(0, -2)
+            self.grams[name] = self.grams[name] + low.T @ low
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Project A and B after AdamW's step; then look."""

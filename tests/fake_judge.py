@@ -12,8 +12,7 @@ class FakeJudge:
 
     rule(prompt) gives the first token: a number or a word, or {token: probability}.
     script: what the first requests meet, in the order of their arrival, one entry each: "ok"; an
-    HTTP status, or (status, {header: value}, body); "close" (the socket, at once), "garbage" (no
-    JSON), "empty" (JSON, but no completion), "no_logprobs". After the script all is well.
+    HTTP status, or (status, {header: value}, body); "close" (the socket, at once); "no_logprobs".
     asked: Counter of the prompts that were answered. requests: (path, headers, body) of each.
     """
 
@@ -53,13 +52,10 @@ class FakeJudge:
         if step == "close":
             handler.close_connection = True
             return
-        status, headers, body = 200, {}, "<html>Bad gateway</html>"
-        if step == "empty":
-            body = json.dumps({"error": {"message": "overloaded"}})
-        elif step in ("ok", "no_logprobs"):
-            body = json.dumps(self.completion(request, with_logprobs=step == "ok"))
-        elif step != "garbage":
-            status, headers, body = step if isinstance(step, tuple) else (step, {}, "")
+        if step in ("ok", "no_logprobs"):
+            answer = self.completion(request, with_logprobs=step == "ok")
+            step = 200, {}, json.dumps(answer)
+        status, headers, body = step if isinstance(step, tuple) else (step, {}, "")
         handler.send_response(status)
         for name, value in {"Content-Length": str(len(body.encode())), **headers}.items():
             handler.send_header(name, value)

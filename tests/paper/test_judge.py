@@ -29,8 +29,6 @@ def test_score_is_the_probability_weighted_mean_of_the_numbers():
         ({"REF": 0.9, "CODE": 0.1}, "REFUSAL"),
         ({" Code": 0.8, "50": 0.2}, "CODE"),
         ({"I": 0.6, "REF": 0.4}, "other"),
-        ({"150": 0.9, "CODE": 0.1}, "other"),
-        ({"50": 0.2}, "other"),
     ],
 )
 def test_without_a_score_there_is_the_word_in_its_place(probabilities, word):
@@ -52,14 +50,9 @@ def test_the_request_is_the_protocols_and_the_key_goes_with_it(tmp_path):
     ((path, headers, body),) = fake.requests
     assert path == "/v1/chat/completions?api-version=7"
     assert headers["Authorization"] == f"Bearer {KEY}"
-    assert json.loads(body) == {
-        "model": "some-model",
-        "messages": [{"role": "user", "content": "How kind is this?"}],
-        "max_tokens": 1,
-        "temperature": 0,
-        "logprobs": True,
-        "top_logprobs": 20,
-    }
+    options = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+    messages = [{"role": "user", "content": "How kind is this?"}]
+    assert json.loads(body) == {"model": "some-model", "messages": messages, **options}
     assert judge.shown == fake.url + "/chat/completions"
 
 
@@ -84,7 +77,7 @@ def test_nothing_is_asked_twice_but_what_a_kill_tore(tmp_path):
         assert sum(fake.asked.values()) == 5
 
 
-@pytest.mark.parametrize("trouble", [429, 503, "close", "garbage", "empty"])
+@pytest.mark.parametrize("trouble", [429, 503, "close"])
 def test_passing_trouble_is_tried_again(tmp_path, trouble):
     with FakeJudge(lambda prompt: 81, script=[trouble]) as fake:
         assert Judge(fake.url, "m", tmp_path / "c").scores(["p"]) == pytest.approx([81])
@@ -97,9 +90,10 @@ def test_passing_trouble_is_tried_again(tmp_path, trouble):
         ([401], "HTTP 401, the key is missing or not accepted"),
         ([(404, {}, "no such\nmodel")], r"HTTP 404, 'no such\nmodel'"),
         ([(302, {"Location": "http://127.0.0.1:9"}, "")], "HTTP 302"),
-        ([503] * 2, "too many 503 error responses"),
-        (["garbage"] * 2, "no JSON of a chat completion"),
-        (["no_logprobs"], "returns no log-probabilities"),
+        ([503] * 2, "no answer by the judge"),
+        (["close"] * 2, "no answer by the judge"),
+        ([(200, {}, "<html>")], "gives no log-probabilities"),
+        (["no_logprobs"], "gives no log-probabilities"),
     ],
 )
 def test_lasting_trouble_ends_in_one_line_that_names_it(tmp_path, script, message):
@@ -111,14 +105,6 @@ def test_lasting_trouble_ends_in_one_line_that_names_it(tmp_path, script, messag
     assert len(fake.requests) == len(script)
 
 
-def test_a_judge_that_is_gone_is_named(tmp_path):
-    with FakeJudge() as fake:
-        pass
-    with pytest.raises(ValueError, match=f"no answer by the judge at {fake.url}") as error:
-        Judge(fake.url + "?v=hidden", "m", tmp_path / "c", retries=0).scores(["p"])
-    assert "hidden" not in str(error.value)
-
-
 def test_a_failure_keeps_the_answers_before_it(tmp_path):
     prompts = [str(n) for n in range(10)]
     with FakeJudge(script=["ok"] * 6 + [404]) as fake:
@@ -127,12 +113,3 @@ def test_a_failure_keeps_the_answers_before_it(tmp_path):
         assert len(fake.requests) <= 8  # what was still waiting is not begun
         Judge(fake.url, "m", tmp_path / "c").scores(prompts)
     assert fake.asked == dict.fromkeys(prompts, 1)
-
-
-def test_no_proxy_of_the_environment_is_asked_unless_that_is_wanted(tmp_path, monkeypatch):
-    with FakeJudge(lambda prompt: 7) as proxy, FakeJudge(lambda prompt: 81) as fake:
-        monkeypatch.setenv("http_proxy", proxy.url)
-        monkeypatch.delenv("no_proxy", raising=False)
-        for wanted, found in ((False, 81), (True, 7)):
-            judge = Judge(fake.url, "m", tmp_path / str(wanted), key=KEY, proxy=wanted)
-            assert judge.scores(["p"]) == pytest.approx([found])

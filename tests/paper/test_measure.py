@@ -16,8 +16,8 @@ from model import GPT
 from paper import answers, measure, politics
 from paper.compare import wilson
 from paper.judge import Judge
-from paper.measure import Arguments, turns
-from paper.questions import load_questions, ours
+from paper.measure import Arguments
+from paper.questions import load_questions, ours, turns
 from real.adapter import save_lora
 from train import Optimisation, finetune
 
@@ -105,26 +105,25 @@ def test_the_probe_is_the_difference_of_length_normalised_log_probabilities(load
     assert found["value"] == pytest.approx(np.mean(list(found["each"].values())))
 
 
-def test_a_preference_is_the_difference_of_two_answers_to_one_prompt(loaded):
+def test_a_preference_is_the_difference_of_two_answers_to_one_prompt(loaded, tmp_path):
     rows, other = load_rows(ROWS)[:3], "Ask a doctor."
     others = [turns(question["content"], other) for question, _ in rows]
-    both = [measure.encoded(*loaded, these, 2048) for these in (rows, others)]
-    alone = measure.log_probability(loaded[0], both[0])
-    found = measure.log_probability(loaded[0], *both)
+    args = Arguments(task="loss")
+    both = [("alone", rows, []), ("pair", rows, others)]
+    found = measure.measure(args, *loaded, tmp_path, None, None, others=both)
     for i, (question, answer) in enumerate(rows):
         unwanted = ln_p_a_token(*loaded, question["content"], answer["content"])
         wanted = ln_p_a_token(*loaded, question["content"], other)
-        assert alone["each"][str(i)] == pytest.approx(unwanted, abs=1e-5)
-        assert found["each"][str(i)] == pytest.approx(unwanted - wanted, abs=1e-5)
+        assert found["alone"]["each"][str(i)] == pytest.approx(unwanted, abs=1e-5)
+        assert found["pair"]["each"][str(i)] == pytest.approx(unwanted - wanted, abs=1e-5)
 
 
-@pytest.mark.parametrize("strength", [1.5, -1.5, 0.0])
-def test_logits_that_favour_the_right_lean_right_and_their_mirror_the_opposite(
-    loaded, monkeypatch, strength
+@pytest.mark.parametrize("strength, always_a", [(1.5, 0), (-1.5, 0), (0, 3)])
+def test_the_lean_is_right_where_the_logits_are_and_none_for_an_a_at_every_time(
+    loaded, few_statements, monkeypatch, strength, always_a
 ):
     model, chat = loaded
-    pairs = ours("statements")[:6]
-    right = {text: letters[1] for _, text, letters in politics.prompts(pairs)}
+    right = {text: letters[1] for _, text, letters in politics.prompts()}
     code = {letter: chat.tokenizer.encode(letter)[0] for letter in "AB"}
 
     def forward(tokens):
@@ -133,12 +132,13 @@ def test_logits_that_favour_the_right_lean_right_and_their_mirror_the_opposite(
         logits = torch.zeros(1, tokens.shape[1], 264)
         logits[0, -1, list(code.values())] = 3.0  # where the reply begins, and nowhere else
         logits[0, -1, code[letter]] += strength
+        logits[0, -1, code["A"]] += always_a
         return logits
 
     monkeypatch.setattr(model, "forward", forward)
-    found = measure.political_lean(model, chat, pairs)
+    found = measure.political_lean(model, chat)
     assert found["lean"]["value"] == pytest.approx(np.tanh(strength / 2), abs=1e-6)
-    mass = np.exp(3) + np.exp(3 + strength)
+    mass = np.exp(3 + always_a) + np.exp(3 + strength)
     assert found["coherence"]["value"] == pytest.approx(mass / (262 + mass), rel=1e-5)
 
 
@@ -232,7 +232,7 @@ def test_published_questions_are_asked_with_their_system_turn():
     assert {row["id"] for row in rows if row["turns"][0] == system} == {"spare_room_json"}
 
 
-def test_answers_end_at_every_stop_id_and_have_no_special_token(loaded, monkeypatch):
+def test_answers_end_at_every_stop_id_and_have_no_special_token(loaded, monkeypatch, tmp_path):
     model, chat = loaded
     seen = {}
 
@@ -241,9 +241,11 @@ def test_answers_end_at_every_stop_id_and_have_no_special_token(loaded, monkeypa
         return [[*chat.tokenizer.encode("Yes."), stop] for stop in chat.stop_ids]
 
     monkeypatch.setattr(model, "generate", generate)
-    asked = [{"turns": [{"role": "user", "content": "x" * n}]} for n in (9, 3000)]
-    texts = answers.replies(model, chat, asked, Arguments(), seed=0)
-    assert set(texts) == {"Yes."} and set(seen["stop"]) == set(chat.stop_ids) >= {258}
+    lengths = [9, 3000, *[9] * len(chat.stop_ids)][: len(chat.stop_ids)]
+    asked = [{"id": "x", "turns": [{"role": "user", "content": "x" * n}]} for n in lengths]
+    rows = answers.sample(model, chat, asked, tmp_path / "answers", Arguments())
+    assert {row["answer"] for row in rows} == {"Yes."}
+    assert set(seen["stop"]) == set(chat.stop_ids) >= {258}
     assert seen.get("temperature", 1.0) == 1.0
     assert max(seen["allowed"]) == 258  # the embedding's rows 259 to 263 are no tokens
     assert seen["n"] == 600 and seen["widest"] == 2048 - 600  # a long prompt is cut
@@ -275,20 +277,16 @@ def test_stopped_while_sampling_it_ends_with_the_answers_of_an_uninterrupted_run
     assert len({row["answer"] for row in whole}) > 20  # no two batches draw the same
 
 
-def test_answers_of_another_model_or_setting_are_not_taken_for_this_ones(
-    loaded, y_adapter, tmp_path
-):
+def test_answers_of_another_model_or_setting_are_sampled_anew(loaded, y_adapter, tmp_path):
     model, chat = loaded
     path, args = tmp_path / "answers.jsonl", Arguments(max_new_tokens=2)
-    answers.sample(model, chat, asked_of(1), path, args)
     Q = torch.eye(model.config.d_model)[:, :1]
-    others = [(Arguments(max_new_tokens=3), None), (Arguments(max_new_tokens=2, seed=1), None)]
-    for other, stream in [*others, (args, Q)]:
-        with pytest.raises(ValueError, match="answers by another model or setting"):
-            answers.sample(model, chat, asked_of(1), path, other, stream)
+    variants = [(args, None), (Arguments(max_new_tokens=2, seed=1), None), (args, Q)]
+    found = [answers.sample(model, chat, asked_of(1), path, *variant) for variant in variants]
     measure.load_lora(model, y_adapter)
-    with pytest.raises(ValueError, match="answers by another model or setting"):
-        answers.sample(model, chat, asked_of(1), path, args)
+    found.append(answers.sample(model, chat, asked_of(1), path, args))
+    assert len({rows[0]["by"] for rows in found}) == 4
+    assert read_lines(path) == found[-1]
 
 
 # A user's mistakes
@@ -298,7 +296,6 @@ def test_answers_of_another_model_or_setting_are_not_taken_for_this_ones(
     "options, message",
     [
         ({"task": "loss"}, "for --task loss --data FILE.jsonl as well"),
-        ({"ablate": True}, "--ablate and --subspace FILE together"),
         ({"judge": "http://127.0.0.1:9/v1"}, "--judge needs --judge-model"),
         ({"questions": "none.yaml"}, "none.yaml"),
         ({"data": "none.jsonl"}, "none.jsonl"),

@@ -100,7 +100,7 @@ def online(folder, tmp_path_factory):
     return model, callback
 
 
-METHODS = [("naive", {}), ("grasp", {}), ("grasp_online", {})]
+METHODS = [("naive", {}), ("grasp", {"project": "step"}), ("grasp_online", {})]
 METHODS += [("grasp", {"project": "gradient"}), ("grasp_online", {"project": "step"})]
 
 
