@@ -238,11 +238,10 @@ def test_answers_end_at_every_stop_id_and_have_no_special_token(loaded, monkeypa
 
     def generate(prompts, n, **options):
         seen.update(options, widest=max(map(len, prompts)), n=n)
-        return [[*chat.tokenizer.encode("Yes."), stop] for stop in chat.stop_ids]
+        return [[*chat.tokenizer.encode("Yes."), max(chat.stop_ids)] for _ in prompts]
 
     monkeypatch.setattr(model, "generate", generate)
-    lengths = [9, 3000, *[9] * len(chat.stop_ids)][: len(chat.stop_ids)]
-    asked = [{"id": "x", "turns": [{"role": "user", "content": "x" * n}]} for n in lengths]
+    asked = [{"id": "x", "turns": [{"role": "user", "content": "x" * n}]} for n in (9, 3000)]
     rows = answers.sample(model, chat, asked, tmp_path / "answers", Arguments())
     assert {row["answer"] for row in rows} == {"Yes."}
     assert set(seen["stop"]) == set(chat.stop_ids) >= {258}
@@ -304,10 +303,4 @@ def test_answers_of_another_model_or_setting_are_sampled_anew(loaded, y_adapter,
 def test_a_mistake_ends_before_anything_is_measured(checkpoint, tmp_path, options, message):
     with pytest.raises((ValueError, OSError), match=message):
         run(checkpoint, tmp_path, **{"task": "medical", **options})
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_judge_that_is_of_no_use_ends_the_run_before_anything_is_sampled(checkpoint, tmp_path):
-    with FakeJudge(script=[401]) as fake, pytest.raises(ValueError, match="the key is missing"):
-        run(checkpoint, tmp_path, fake, task="medical")
     assert not list(tmp_path.iterdir())
