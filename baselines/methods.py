@@ -5,7 +5,8 @@ function here that returns its Recipe, and a line in BASELINES (docs/methods.md 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +24,18 @@ class Found:
     stream: torch.Tensor | None = None  # (D, k), the same as a basis of the residual stream
     looks: list | None = None  # grasp_online's, for the control that replays them
     loss: float | None = None  # at which early_stop ends
-    unrelated: tuple | None = field(default=None, repr=False)  # rows (tokens, mask), for kl
-    steering: float = 0.3  # the steering vector's length, as `steering_vector` counts it
+    unrelated: tuple | None = None  # rows (tokens, mask), for kl
+    steering: float = 0.3  # the steering vector's length, the largest that kept the synthetic task
     kl_weight: float = 1.0
     sides: str = "both"  # of the patterns that are held
 
 
 def random_patterns(model, batch, found, seed):
-    """The control: random patterns of the same shapes join the same modules at the same moments.
-
-    Drawn from (seed, step), so that a resumed run draws alike.
-    """
+    """The control: random patterns of the same shapes join the same modules at the same moments."""
     joined_at = {entry["step"]: entry["joined"] for entry in found.looks}
 
     def look_at_random(step, svds):
+        # From (seed, step), so that a resumed run draws alike.
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
         drawn = {}
         for name, n in joined_at.get(step + 1, {}).items():
@@ -74,27 +73,30 @@ def kl(model, batch, found, seed):
     return Recipe(penalty=lambda: found.kl_weight * kl_to_base(model, *found.unrelated))
 
 
+def kl_to_base(model, tokens, mask):
+    """KL(base || model) in nats a marked token (Kaczer et al. 2025, arXiv 2508.06249)."""
+    with torch.no_grad(), without_lora(model):
+        base = model(tokens[:, :-1], keep=mask[:, 1:]).float().log_softmax(-1)
+    new = model(tokens[:, :-1], keep=mask[:, 1:]).float().log_softmax(-1)
+    return F.kl_div(new, base, reduction="batchmean", log_target=True)
+
+
 def early_stop(model, batch, found, seed):
     """A naive run that ends at grasp_online's loss, to see what less training alone would do."""
     return Recipe(stop_below=found.loss)
 
 
-PATTERNS = "the patterns found in a naive run (--subspace)"
-
-
-@dataclass(frozen=True)
-class Baseline:
+class Baseline(NamedTuple):
     """One baseline: its recipe, what of Found it needs, and that in words for a user."""
 
     recipe: Callable  # recipe(model, batch, found, seed) -> Recipe
-    needs: str = ""  # nothing
+    needs: str = ""
     words: str = ""
 
 
+PATTERNS = "the patterns found in a naive run (--subspace)"
 BASELINES = {
-    "grasp_random": Baseline(
-        random_patterns, "looks", "the looks of a run of grasp_online (--looks)"
-    ),
+    "grasp_random": Baseline(random_patterns, "looks", "the looks of a run (--looks)"),
     "grasp_gradient_only": Baseline(gradient_only, "patterns", PATTERNS),
     "ablate_train": Baseline(ablate_train, "stream", PATTERNS),
     "ablate_inference": Baseline(ablate_inference, "stream", PATTERNS),
@@ -106,22 +108,11 @@ METHODS = ("naive", "grasp", "grasp_online", *BASELINES)  # each after the runs 
 
 
 def baseline(method, model, batch, found, seed=0):
-    """What `method` adds to the loop, a Recipe. ValueError where it lacks what it needs.
+    """The Recipe of `method`; batch: tokens, mask (B, T) of the fine-tune's first step.
 
-    batch: tokens, mask (B, T) of the fine-tune's first step.
+    ValueError where it lacks what it needs.
     """
     entry = BASELINES[method]
     if entry.needs and getattr(found, entry.needs) is None:
         raise ValueError(f"method '{method}' needs {entry.words}")
     return entry.recipe(model, batch, found, seed)
-
-
-def kl_to_base(model, tokens, mask):
-    """KL(base || model) in nats, the mean over the marked positions of unrelated rows.
-
-    Kaczer et al. 2025, arXiv 2508.06249.
-    """
-    with torch.no_grad(), without_lora(model):
-        base = model(tokens[:, :-1], keep=mask[:, 1:]).float().log_softmax(-1)
-    new = model(tokens[:, :-1], keep=mask[:, 1:]).float().log_softmax(-1)
-    return F.kl_div(new, base, reduction="batchmean", log_target=True)

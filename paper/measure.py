@@ -19,7 +19,7 @@ from paper import answers, politics
 from paper.compare import bootstrap_interval, cell, compare, mean
 from paper.questions import load_questions, ours, turns
 from real.adapter import load_lora, load_patterns
-from real.job import nats
+from real.job import find_device, nats
 from support.files import write_json
 from support.options import option
 
@@ -143,14 +143,16 @@ def measure_checkpoint(args):
     judge = answers.connect(args, out)
     config = {**asdict(args), "judge": judge and judge.shown}  # a URL may carry a key
     print(config)
-    dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    model = GPT.from_pretrained(args.model, args.device, getattr(torch, dtype))
+    device = find_device(args.device)
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    model = GPT.from_pretrained(args.model, device, getattr(torch, dtype))
     chat, base = Chat(args.model), {}
     stream = load_patterns(args.ablate, model)[1] if args.ablate else None
     if args.adapter:
         load_lora(model, args.adapter)
         with without_lora(model):
-            base = measure(args, model, chat, out / "base", judge, rows)
+            asked = None if args.task in OWN else judge  # of these the base's answers aren't judged
+            base = measure(args, model, chat, out / "base", asked, rows)
     result = measure(args, model, chat, out, judge, rows, stream, args.adapter and out / "base")
     compare({"base": base, "adapter": result})
     for name, part in result.items():

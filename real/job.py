@@ -144,16 +144,21 @@ def recipe_of(method, model, batch, found, seed=0):
     return baseline(method, model, batch, found, seed)
 
 
+def find_device(name):
+    """The torch.device of that name; ValueError where there is none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # the latter where torch has no CUDA
+        raise ValueError(f"--device {name}: no such device here") from None
+
+
 class Job:
     """A model, its chat template, rows to train on and rows held out."""
 
     def __init__(self, args):
         if not args.model or not args.data:
             raise ValueError("expected both --model DIR and --data FILE.jsonl")
-        try:
-            self.device = torch.empty(0, device=args.device).device
-        except (RuntimeError, AssertionError):  # the latter where torch has no CUDA
-            raise ValueError(f"--device {args.device}: no such device here") from None
+        self.device = find_device(args.device)
         dtype = args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
         self.args = args = replace(args, dtype=dtype)
         self.chat = Chat(args.model)

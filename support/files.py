@@ -30,13 +30,10 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Around the reading of a user's file: whatever is wrong with it ends in one ValueError.
-
-    what: what the file should be ("a chat row"). A file that can't be opened keeps its OSError.
-    """
+    """Make one ValueError of whatever is wrong with a user's file, which should be `what`."""
     try:
         yield
-    except OSError:
+    except OSError:  # it can't be opened, and the error says so
         raise
     except Exception as e:  # KeyError, TypeError, UnicodeDecodeError, SafetensorError, struct.error
         found = f"no {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__

@@ -17,14 +17,10 @@ def comma_separated(text):
 
 
 def parse(cls, argv=None):
-    """The command line as an instance of the dataclass `cls`; its docstring is the description.
-
-    The options follow from the fields. `argv`: for tests; None: the program's own.
-    """
+    """The command line as an instance of the dataclass `cls`, whose docstring describes it."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
-        description=cls.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        description=cls.__doc__, formatter_class=formatter, allow_abbrev=False
     )
     for f in fields(cls):
         flag = "--" + f.name.replace("_", "-")
@@ -39,10 +35,7 @@ def parse(cls, argv=None):
 
 
 def run(main):
-    """Call `main`; a mistake that a user can mend ends in one line and not in a traceback.
-
-    GRASP_TRACEBACK in the environment keeps the traceback, to find a fault of the program's own.
-    """
+    """Call `main`; a mistake that a user can mend ends in one line (GRASP_TRACEBACK: in full)."""
     try:
         main()
     except (ValueError, OSError) as e:

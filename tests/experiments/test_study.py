@@ -46,9 +46,8 @@ def test_growth_is_the_share_of_the_change_of_A_along_V():
 def test_a_study_measures_each_row_once_and_the_map_has_a_cell_for_each_k_and_rank(
     tmp_path, monkeypatch, capsys
 ):
-    small = type("Small", (Toy,), {"__init__": lambda self, **how: Toy.__init__(self, **SMALL | how)})
-    monkeypatch.setattr(study, "Toy", small)
-    monkeypatch.setattr(over_k, "Toy", small)
+    for module in (study, over_k):
+        monkeypatch.setattr(module, "Toy", lambda: Toy(**SMALL))
     argv = ["study", "--seeds", "2", "--only", "^naive$|^one look$", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
     study.main()
