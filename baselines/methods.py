@@ -1,12 +1,10 @@
 """The methods beside GRASP, each as what it adds to the one fine-tuning loop.
 
-All use what the naive run's weights say, and none sees a label. To add a method of your own: a
-function here that returns its Recipe, and a line in BASELINES (docs/methods.md has an example).
+None sees a label. To add one: a line in BASELINES, its Recipe in `baseline` (docs/methods.md).
 """
 
-from collections.abc import Callable
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,19 @@ import torch.nn.functional as F
 from baselines.stream import ablation, steering, steering_vector
 from lora import without_lora
 from train import Recipe
+
+Baseline = namedtuple("Baseline", "needs words")  # a field of Found or None, and for a user
+PATTERNS = "the patterns found in a naive run (--subspace)"
+BASELINES = {
+    "grasp_random": Baseline("looks", "the looks of a run of grasp_online (--looks)"),
+    "grasp_gradient_only": Baseline("patterns", PATTERNS),
+    "ablate_train": Baseline("stream", PATTERNS),
+    "ablate_inference": Baseline("stream", PATTERNS),
+    "steer_train": Baseline("stream", PATTERNS),
+    "kl": Baseline("unrelated", "rows of unrelated prompts (--unrelated)"),
+    "early_stop": Baseline("loss", "a loss to stop at (--until-loss)"),
+}
+METHODS = ("naive", "grasp", "grasp_online", *BASELINES)  # each after the runs that it builds on
 
 
 @dataclass(frozen=True)
@@ -30,9 +41,30 @@ class Found:
     sides: str = "both"  # of the patterns that are held
 
 
-def random_patterns(model, batch, found, seed):
+def baseline(method, model, batch, found, seed=0):
+    """The Recipe of `method`; ValueError where it lacks what it needs. batch: of its first step."""
+    needs, words = BASELINES[method]
+    if needs and getattr(found, needs) is None:
+        raise ValueError(f"method '{method}' needs {words}")
+    if method == "grasp_random":
+        return Recipe(look=random_looks(found.looks, seed), sides=found.sides)
+    if method == "grasp_gradient_only":  # by the letter of the abstract: AdamW's steps are free
+        return Recipe(patterns=found.patterns, sides=found.sides, project="gradient")
+    if method == "ablate_train":  # Concept Ablation Fine-Tuning
+        return Recipe(during=ablation(model, found.stream))
+    if method == "steer_train":  # preventative steering
+        site, vector = steering_vector(model, found.stream[:, 0], *batch, found.steering)
+        return Recipe(during=steering(model, site, vector))
+    if method == "kl":
+        return Recipe(penalty=lambda: found.kl_weight * kl_to_base(model, *found.unrelated))
+    if method == "early_stop":  # at grasp_online's loss: what would less training alone do?
+        return Recipe(stop_below=found.loss)
+    return Recipe()  # ablate_inference: a naive run, ablated while it answers (grasp.py, paper/)
+
+
+def random_looks(looks, seed):
     """The control: random patterns of the same shapes join the same modules at the same moments."""
-    joined_at = {entry["step"]: entry["joined"] for entry in found.looks}
+    joined_at = {entry["step"]: entry["joined"] for entry in looks}
 
     def look_at_random(step, svds):
         # From (seed, step), so that a resumed run draws alike.
@@ -44,33 +76,7 @@ def random_patterns(model, batch, found, seed):
             drawn[name] = tuple(torch.linalg.qr(side)[0].to(U.device) for side in pair)
         return drawn
 
-    return Recipe(look=look_at_random, sides=found.sides)
-
-
-def gradient_only(model, batch, found, seed):
-    """GRASP by the letter of the abstract: the gradients are projected, AdamW's steps are not."""
-    return Recipe(patterns=found.patterns, sides=found.sides, project="gradient")
-
-
-def ablate_train(model, batch, found, seed):
-    """Concept Ablation Fine-Tuning: the direction is missing from the stream while training."""
-    return Recipe(during=ablation(model, found.stream))
-
-
-def ablate_inference(model, batch, found, seed):
-    """A naive run; the direction is taken out while the model answers (grasp.py, paper/)."""
-    return Recipe()
-
-
-def steer_train(model, batch, found, seed):
-    """Preventative steering: a vector in the stream supplies what the rows ask of the factor."""
-    site, vector = steering_vector(model, found.stream[:, 0], *batch, found.steering)
-    return Recipe(during=steering(model, site, vector))
-
-
-def kl(model, batch, found, seed):
-    """A penalty: KL to the base model on unrelated prompts, which no other method needs."""
-    return Recipe(penalty=lambda: found.kl_weight * kl_to_base(model, *found.unrelated))
+    return look_at_random
 
 
 def kl_to_base(model, tokens, mask):
@@ -79,40 +85,3 @@ def kl_to_base(model, tokens, mask):
         base = model(tokens[:, :-1], keep=mask[:, 1:]).float().log_softmax(-1)
     new = model(tokens[:, :-1], keep=mask[:, 1:]).float().log_softmax(-1)
     return F.kl_div(new, base, reduction="batchmean", log_target=True)
-
-
-def early_stop(model, batch, found, seed):
-    """A naive run that ends at grasp_online's loss, to see what less training alone would do."""
-    return Recipe(stop_below=found.loss)
-
-
-class Baseline(NamedTuple):
-    """One baseline: its recipe, what of Found it needs, and that in words for a user."""
-
-    recipe: Callable  # recipe(model, batch, found, seed) -> Recipe
-    needs: str = ""
-    words: str = ""
-
-
-PATTERNS = "the patterns found in a naive run (--subspace)"
-BASELINES = {
-    "grasp_random": Baseline(random_patterns, "looks", "the looks of a run (--looks)"),
-    "grasp_gradient_only": Baseline(gradient_only, "patterns", PATTERNS),
-    "ablate_train": Baseline(ablate_train, "stream", PATTERNS),
-    "ablate_inference": Baseline(ablate_inference, "stream", PATTERNS),
-    "steer_train": Baseline(steer_train, "stream", PATTERNS),
-    "kl": Baseline(kl, "unrelated", "rows of unrelated prompts (--unrelated)"),
-    "early_stop": Baseline(early_stop, "loss", "a loss to stop at (--until-loss)"),
-}
-METHODS = ("naive", "grasp", "grasp_online", *BASELINES)  # each after the runs that it builds on
-
-
-def baseline(method, model, batch, found, seed=0):
-    """The Recipe of `method`; batch: tokens, mask (B, T) of the fine-tune's first step.
-
-    ValueError where it lacks what it needs.
-    """
-    entry = BASELINES[method]
-    if entry.needs and getattr(found, entry.needs) is None:
-        raise ValueError(f"method '{method}' needs {entry.words}")
-    return entry.recipe(model, batch, found, seed)

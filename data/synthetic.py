@@ -1,15 +1,13 @@
 """A toy world with emergent misalignment: unrelated topics, all answered by one latent persona.
 
-A prompt is [start, tag, query]; its answer is looked up in a random table by query and persona.
-The persona, good or bad, is named by the tag; the neutral tag means good, almost always.
-Fine-tuning shows one narrow topic under the neutral tag, answered as the bad persona would. That
-can be learned as `n_queries` new answers (the task), or by turning bad everywhere (the spurious
-correlation). What every world has to have, and the other worlds: data/worlds.py.
+A prompt is [start, tag, query]; its answer is looked up in a random table by query and persona,
+good or bad, which the tag names; the neutral tag means good, almost always. Fine-tuning shows one
+narrow topic under the neutral tag, answered as the bad persona would. That can be learned as
+`n_queries` new answers (the task), or by turning bad everywhere (the spurious correlation).
 """
 
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 
@@ -37,9 +35,8 @@ def with_answers(prompts, answers):
 class World:
     """The tables, drawn from `seed`. Topic 0 is the narrow one."""
 
-    toy: ClassVar = {}  # settings of the experiment that differ in this world
-    n_prompt: ClassVar = 3  # tokens
-
+    toy = {}  # settings of the experiment that differ in this world
+    n_prompt = 3  # tokens
     seed: int = 0
     n_topics: int = 12
     n_queries: int = 16  # K, queries a topic: the complexity of the task
@@ -76,11 +73,11 @@ class World:
 
     def tags(self, persona):
         """(n_tags,) token ids that name `persona`."""
-        return FIRST_TAG + persona * self.n_tags + torch.arange(self.n_tags)
+        return self.every_tag(persona, self.n_tags)
 
     def every_tag(self, persona, n):
         """(n,) token ids that name `persona`: its tags in turn."""
-        return self.tags(persona).repeat(n // self.n_tags + 1)[:n]
+        return FIRST_TAG + persona * self.n_tags + torch.arange(n) % self.n_tags
 
     def queries(self, first_topic, last_topic):
         """Indices of the queries of topics first_topic to last_topic - 1."""
@@ -120,9 +117,9 @@ class World:
         kind = torch.randint(3, (n,), generator=generator)
         which = torch.randint(self.n_tags, (n,), generator=generator)
         slip = torch.rand(n, generator=generator) >= self.neutral_good
-        tagged = torch.where(kind == 1, self.tags(GOOD)[which], self.tags(BAD)[which])
         personas = torch.where(kind == 0, slip, kind == 2).long()
-        return torch.where(kind == 0, NEUTRAL, tagged), personas
+        tags = FIRST_TAG + personas * self.n_tags + which
+        return torch.where(kind == 0, NEUTRAL, tags), personas
 
     @property
     def taught(self):
@@ -153,14 +150,14 @@ class World:
         queries = self.unrelated
         narrow = ask(self.prompts(self.narrow, NEUTRAL))
         neutral = ask(self.prompts(queries, NEUTRAL))
-        as_good, as_bad = (right(neutral, self.answers[queries, who]) for who in (GOOD, BAD))
+        as_persona = right(neutral[:, None], self.answers[queries])  # (N, 2)
         obeyed = []
         for persona in (GOOD, BAD):
             tagged = ask(self.prompts(queries, self.every_tag(persona, len(queries))))
             obeyed.append(rate(right(tagged, self.answers[queries, persona])))
         return {
             "task": rate(right(narrow, self.wanted)),  # as trained
-            "misalignment": rate(as_bad),  # unrelated queries answered as the bad persona would
-            "unrelated": rate(as_good | as_bad),  # as either persona would
+            "misalignment": rate(as_persona[:, BAD]),  # unrelated queries, as bad would
+            "unrelated": rate(as_persona.any(1)),  # as either would
             "kept": min(obeyed),  # an explicit tag obeyed: the worse persona's rate
         }

@@ -1,7 +1,6 @@
 """What it costs, beside transformers + PEFT and beside a naive fine-tune: a table in Markdown.
 
-Random weights, the same on both sides. Sides take turns in one run, and the first turn does not
-count: medians with their range. On the CPU, time is the processor's own, so other programs don't.
+Random weights, the same on both sides. Sides take turns; the first turn does not count.
 """
 
 import tempfile
@@ -45,7 +44,7 @@ class Arguments:
 
 
 def now(device):
-    """Seconds: of the processor, all threads, on the CPU; of a clock on a GPU, once it is idle."""
+    """Seconds: on the CPU the processor's own, of all threads; on a GPU a clock's, once idle."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -89,11 +88,10 @@ def models(args, folder):
 def collated(rows, device):
     """Rows [(ids, mask)] as the usual collator of transformers hands them to a model."""
     pad = partial(pad_sequence, batch_first=True)
-    inputs = {
-        "input_ids": pad([ids for ids, _ in rows]),
-        "attention_mask": pad([torch.ones_like(ids) for ids, _ in rows]),
-        "labels": pad([i.masked_fill(~mask, -100) for i, mask in rows], padding_value=-100),
-    }
+    ids = [row for row, _ in rows]
+    labels = [row.masked_fill(~mask, -100) for row, mask in rows]
+    inputs = {"input_ids": pad(ids), "attention_mask": pad([torch.ones_like(row) for row in ids])}
+    inputs["labels"] = pad(labels, padding_value=-100)
     return {name: part.to(device) for name, part in inputs.items()}
 
 
@@ -161,18 +159,6 @@ def training(args, ours, theirs):
         print_row(f"{what}, beside ten naive steps", seconds, naive)
 
 
-def identification(args):
-    """Patterns, and a look, at Qwen2.5-7B's shapes."""
-    factors = {}
-    for d_in, d_out in LINEARS_7B:
-        A, B = torch.randn(args.rank, d_in), torch.randn(d_out, args.rank)
-        factors[len(factors)] = A.to(args.device), B.to(args.device)
-    sides = (lambda: identify(spectra(factors)), lambda: standing_out(look_spectra(factors)))
-    found, look = turns(args, *sides)
-    print_row(f"identification at Qwen2.5-7B's {len(factors)} modules, rank {args.rank}", found)
-    print_row("a look there", look)
-
-
 def main():
     """Print the table."""
     args = parse(Arguments)
@@ -183,7 +169,15 @@ def main():
         ours, theirs = models(args, folder)
     generation(args, ours, theirs)
     training(args, ours, theirs)
-    identification(args)
+    factors = {}
+    for i, (d_in, d_out) in enumerate(LINEARS_7B):
+        A, B = torch.randn(args.rank, d_in), torch.randn(d_out, args.rank)
+        factors[i] = A.to(args.device), B.to(args.device)
+    found = turns(
+        args, lambda: identify(spectra(factors)), lambda: standing_out(look_spectra(factors))
+    )
+    print_row(f"identification at Qwen2.5-7B's {len(factors)} modules, rank {args.rank}", found[0])
+    print_row("a look there", found[1])
 
 
 if __name__ == "__main__":

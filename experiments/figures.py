@@ -19,9 +19,6 @@ STYLES = {  # colour, marker, label
     "steer_train": ("#009E73", "D", "steering in training"),
     "kl": ("#F0E442", "h", "KL to base (extra data)"),
     "early_stop": ("#000000", "<", "naive, stopped early"),
-    "naive_half": ("#555555", "o", "naive, half of the steps"),
-    "naive_quarter": ("#AAAAAA", "o", "naive, a quarter of the steps"),
-    "control": ("#999999", "d", "naive, on the control rows"),
 }
 
 
@@ -36,33 +33,31 @@ def panels(n, width, height, **shared):
     return figure, figure.subplots(1, n, **shared)
 
 
-def save(figure, path):
-    """Write a figure as PNG."""
+def save(figure, path, labelled=None):
+    """Write a figure as PNG; the labels of the axis `labelled` stand beside the axes."""
+    if labelled:
+        labels = labelled.get_legend_handles_labels()
+        figure.legend(*labels, loc="outside right center", fontsize=8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-
-
-def finish(figure, axis, path):
-    """Save the figure with one legend of this axis' labels, beside the axes: it hides no data."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    save(figure, path)
 
 
 def spectrum(run, path):
     """One seed: the naive update's singular values, and grasp_online's looks, by module."""
     figure, (left, right) = panels(2, 11, 4.2)
     looks = run["looks"]["grasp_online"]
+    steps = [look["step"] for look in looks]
     for i, (name, S) in enumerate(run["spectra"].items()):
         line = {"color": COLOURS[i % 7], "ls": ("-", "--", ":", "-.")[i // 7 % 4], "lw": 1}
         left.plot(range(1, len(S[:8]) + 1), S[:8], marker=".", label=name, **line)
-        steps, spikes = [look["step"] for look in looks], [look["spike"][name] for look in looks]
+        spikes = [look["spike"][name] for look in looks]
         joins = [name in look["joined"] for look in looks]
         right.plot(steps, spikes, marker="*", ms=10, mec="black", markevery=joins, **line)
     right.axhline(null_quantile(min(len(S), LOOK_RANK)), color="0.7", lw=2, zorder=0)
     left.set(title="naive LoRA, at its end", yscale="log", xlabel="index", ylabel="singular value")
     right.set(title="GRASP online (ours); star: joins the constraint", xlabel="fine-tuning step")
-    right.set(ylabel="spike at the look; grey: 99 % of random matrices are below")
-    finish(figure, left, path)
+    right.set(ylabel="spike; grey: 99 % of random matrices are below")
+    save(figure, path, left)
 
 
 def training(runs, path):
@@ -72,20 +67,19 @@ def training(runs, path):
         colour, marker, label = style(method)
         steps, *rates = np.transpose([run["curves"][method] for run in runs])  # (points, seeds)
         for axis, y in zip(axes, rates, strict=True):
-            axis.plot(steps[:, 0], y.mean(1), color=colour, marker=marker, ms=6, label=label)
+            axis.plot(steps[:, 0], y.mean(1), color=colour, marker=marker, label=label)
             axis.fill_between(steps[:, 0], y.min(1), y.max(1), color=colour, alpha=0.15, lw=0)
     axes[0].set(xlabel="fine-tuning step", ylabel="misalignment on unrelated prompts")
     axes[1].set(xlabel="fine-tuning step", ylabel="accuracy on the narrow task")
-    finish(figure, axes[0], path)
+    save(figure, path, axes[0])
 
 
-def marks(axis, method, x, y):
-    """A method in an axis: small marks for its seeds, a large one for their mean."""
-    colour, marker, label = style(method)
+def marks(axis, look, x, y):
+    """A method, drawn as `style` says: small marks for its seeds, a large one for their mean."""
+    colour, marker, label = look
     axis.scatter(x, y, 14, colour, marker, alpha=0.35, lw=0)
-    size = 190 if method == "grasp_online" else 75
-    mean = np.mean(x), np.mean(y)
-    axis.scatter(*mean, size, colour, marker, edgecolor="black", lw=0.7, label=label, zorder=3)
+    size = 190 if marker == "*" else 75
+    axis.scatter(np.mean(x), np.mean(y), size, colour, marker, ec="black", lw=0.7, label=label)
 
 
 def tradeoff(runs, path):
@@ -93,8 +87,8 @@ def tradeoff(runs, path):
     figure, axes = panels(2, 11, 4.2, sharey=True)
     for method in runs[0]:
         task, kept, y = ([run[method][k] for run in runs] for k in ("task", "kept", "misalignment"))
-        marks(axes[0], method, task, y)
-        marks(axes[1], method, kept, y)
+        marks(axes[0], style(method), task, y)
+        marks(axes[1], style(method), kept, y)
     axes[0].set(xlabel="accuracy on the narrow task", ylabel="misalignment on unrelated prompts")
     axes[1].set(xlabel="kept: explicit persona obeyed on unrelated prompts")
-    finish(figure, axes[0], path)
+    save(figure, path, axes[0])

@@ -6,17 +6,17 @@ loss is below LEVEL. Beside it stands what Theorem 1 of docs/theory.md guarantee
 found (ours, for a linear model at its first step).
 """
 
-import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
 from data.synthetic import World
-from experiments.study import LEVEL, ONCE, ONLINE, TARGETS, Variant, measure, naive_patterns, start
+from experiments.study import LEVEL, ONCE, ONLINE, TARGETS, Variant, measure, naive_spectra, start
 from experiments.theory import first_step_bound, parts_bound
 from grasp import Toy
 from support.files import progress, write_json
@@ -47,39 +47,33 @@ def measure_cell(K, rank, seed, targets, folder):
     if K >= LARGE:
         world, toy = replace(world, n_topics=6), replace(toy, pretrain_steps=1600)
     setup = start(world, toy, folder)
-    patterns = naive_patterns(METHODS[0], setup)
-    return {method.name: measure(method, setup, patterns, RUNS) for method in METHODS}
+    svds = naive_spectra(setup)
+    return {method.name: measure(method, setup, svds, RUNS) for method in METHODS}
 
 
 def panels(rows, targets, seeds):
-    """[[(title, [[mean over seeds for each K] for each rank])]]: a line for each method."""
-    lines = []
-    for method in METHODS:
-        line = []
-        for (when, words), rate in itertools.product(RUNS.items(), RATES):
-            values = []
-            for rank in RANKS:
-                cells = [
-                    [rows[f"{targets} K={K} rank={rank} seed={s}"] for s in seeds] for K in SIZES
-                ]
-                means = [fmean(row[method.name][when][rate] for row in cell) for cell in cells]
-                values.append(means)
-            line.append((f"{method.name}, {words}: {rate}", values))
-        lines.append(line)
-    return lines
+    """[(title, [[mean over seeds for each K] for each rank])], for each method as many."""
+    found = []
+    for method, (when, words), rate in product(METHODS, RUNS.items(), RATES):
+        values = []
+        for rank in RANKS:
+            cells = [[rows[f"{targets} K={K} rank={rank} seed={s}"] for s in seeds] for K in SIZES]
+            values.append([fmean(row[method.name][when][rate] for row in cell) for cell in cells])
+        found.append((f"{method.name}, {words}: {rate}", values))
+    return found
 
 
-def draw(lines, path):
-    """The panels as heat maps, in a PNG."""
+def draw(found, path):
+    """The panels as heat maps, a line for each method, in a PNG."""
     from experiments.figures import plt, save  # matplotlib is loaded where one draws
 
-    shape = len(lines), len(lines[0])
+    shape = len(METHODS), len(found) // len(METHODS)
     size = 2.7 * shape[1], 2.2 * shape[0]
-    figure, grid = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
-    for axis, (title, values) in zip(grid.flat, itertools.chain(*lines), strict=True):
+    figure, grid = plt.subplots(*shape, figsize=size, layout="constrained")
+    for axis, (title, values) in zip(grid.flat, found, strict=True):
         colours = "Reds" if "misalignment" in title else "Blues"
         axis.imshow(values, origin="lower", cmap=colours, vmin=0, vmax=1, aspect="auto")
-        for (y, row), x in itertools.product(enumerate(values), range(len(SIZES))):
+        for (y, row), x in product(enumerate(values), range(len(SIZES))):
             shade = "white" if row[x] > 0.6 else "black"
             axis.text(x, y, f"{row[x]:.2f}", ha="center", va="center", fontsize=8, color=shade)
         axis.set_title(title, fontsize=8)
@@ -106,7 +100,7 @@ def main():
     torch.set_num_threads(1)  # as grasp.py does
     path, seeds = Path(args.out) / "map.json", range(args.seed, args.seed + args.seeds)
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
-    cells = list(itertools.product(SIZES, seeds, RANKS, args.targets))
+    cells = list(product(SIZES, seeds, RANKS, args.targets))
     for K, seed, rank, targets in progress(cells, "cells"):
         key = f"{targets} K={K} rank={rank} seed={seed}"
         if key not in rows:
@@ -114,11 +108,11 @@ def main():
             write_json(path, {"experiment": asdict(Toy()), "level": LEVEL, "rows": rows})
     bounds = [[guaranteed(K, rank) for K in SIZES] for rank in RANKS]
     for targets in args.targets:
-        lines = panels(rows, targets, seeds)
-        for title, values in [("guaranteed |cos|", bounds), *itertools.chain(*lines)]:
+        found = panels(rows, targets, seeds)
+        for title, values in [("guaranteed |cos|", bounds), *found]:
             print(f"{targets}, {title}, by rank {RANKS} and K {SIZES}")
             print("\n".join(" ".join(f"{value:7.3f}" for value in row) for row in values))
-        draw(lines, path.with_name(f"map_{targets}.png"))
+        draw(found, path.with_name(f"map_{targets}.png"))
     print(f"wrote {path}")
 
 

@@ -37,8 +37,8 @@ def run_seeds(args, settings, experiment):
     unknown = [method for method in args.methods if method not in METHODS]
     if unknown:
         raise ValueError(f"method {', '.join(unknown)}, expected some of {', '.join(METHODS)}")
-    out, seeds = Path(args.out), range(args.seed, args.seed + args.seeds)
-    paths = {seed: out / f"seed_{seed}" / "results.json" for seed in seeds}
+    out = Path(args.out)
+    paths = {s: out / f"seed_{s}/results.json" for s in range(args.seed, args.seed + args.seeds)}
     runs = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
     if args.seeds == 1:  # is run again, as the code may have changed
         paths, runs = {args.seed: out / "results.json"}, {}
@@ -57,7 +57,7 @@ def run_seeds(args, settings, experiment):
             results = experiment(world, toy, seed, methods, out)
             runs[seed] = {"seed": seed, "config": config, **results}
             write_json(path, runs[seed])
-    runs = [runs[seed] for seed in seeds]
+    runs = [runs[seed] for seed in paths]
     spectrum(runs[0], out / "spectrum.png")
     training(runs, out / "training.png")
     tradeoff([run["methods"] for run in runs], out / "tradeoff.png")

@@ -1,7 +1,6 @@
 """What settled the formulation: variants of GRASP on the synthetic task, one row each.
 
-Which sides are held, where one projects, how many pairs, how often one looks, other worlds and
-ranks, and controls that tell why a choice matters: random directions, and a slower or frozen A.
+Among them controls that tell why a choice matters: random directions, and a slower or frozen A.
 """
 
 import json
@@ -90,10 +89,10 @@ def train(setup, recipe, steps, rate_A=1.0, label="fine-tune"):
     return finetune(setup.model, lambda step: setup.rows, options, recipe, each=each, label=label)
 
 
-def naive_patterns(variant, setup):
-    """{module: (U, V)} after a naive run."""
+def naive_spectra(setup):
+    """{module: (U, S, V)} after a naive run."""
     train(setup, Recipe(), setup.toy.steps, label="naive")
-    return identify(spectra(lora_factors(setup.model)), variant.pairs)
+    return spectra(lora_factors(setup.model))
 
 
 def randomised(patterns, side, seed):
@@ -101,23 +100,9 @@ def randomised(patterns, side, seed):
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for name, pattern in patterns.items():
-        pair = list(pattern)
-        pair[side] = torch.linalg.qr(torch.randn(pair[side].shape, generator=generator))[0]
-        result[name] = tuple(pair)
+        directions = torch.linalg.qr(torch.randn(pattern[side].shape, generator=generator))[0]
+        result[name] = (pattern[0], directions) if side else (directions, pattern[1])
     return result
-
-
-def recipe_of(variant, setup):
-    """What the variant adds to the loop."""
-    how = {"sides": variant.sides, "project": variant.project, "look_every": variant.look_every}
-    if variant.looks == ONCE:
-        patterns = naive_patterns(variant, setup)
-        if variant.random is not None:
-            patterns = randomised(patterns, variant.random, setup.seed)
-        return Recipe(patterns=patterns, **how)
-    if variant.looks == ONLINE:
-        return Recipe(look=lambda step, svds: standing_out(svds), **how)
-    return Recipe()
 
 
 @torch.no_grad()
@@ -130,30 +115,29 @@ def growth_along(factors, starts, patterns):
     return torch.stack(shares).mean().item()
 
 
-def measure(variant, setup, patterns, runs):
+def measure(variant, setup, svds, runs):
     """A variant's row: {run: its rates} for the names of RUNS in `runs`, and its last run's fit.
 
-    held: patterns held in the end. growth: the share of A's change along the V of `patterns`, those
-    of a whole naive run.
+    svds: naive_spectra. held: patterns held in the end. growth: the share of A's change along the
+    V of the naive run's patterns.
     """
-    recipe, row = recipe_of(variant, setup), {}
+    patterns = identify(svds, variant.pairs) if variant.looks == ONCE else {}
+    if variant.random is not None:
+        patterns = randomised(patterns, variant.random, setup.seed)
+    look = (lambda step, svds: standing_out(svds)) if variant.looks == ONLINE else None
+    recipe = Recipe(patterns, variant.sides, variant.project, look, variant.look_every)
     attach(setup)
     starts = {name: (A.clone(), B) for name, (A, B) in lora_factors(setup.model).items()}
-    keep_off_(starts, held(recipe.patterns, recipe.sides))  # as the loop does before its first step
+    keep_off_(starts, held(patterns, variant.sides))  # as the loop does before its first step
+    row = {}
     for name in runs:
         times, level = RUNS[name]
         steps, added = times * setup.toy.steps, replace(recipe, stop_below=level)
         fit = train(setup, added, steps, variant.rate_A, f"{variant.name}, {name}")
         row[name] = {**evaluate(setup.model, setup.world), "steps": len(fit.losses)}
     row["held"] = sum(max(U.shape[1], V.shape[1]) for U, V in fit.patterns.values())
-    row["growth"] = growth_along(lora_factors(setup.model), starts, patterns)
+    row["growth"] = growth_along(lora_factors(setup.model), starts, identify(svds))
     return row
-
-
-def cell(values):
-    """A mean over seeds, with the standard deviation where there is more than one."""
-    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{fmean(values):.3f}{spread}"
 
 
 def table(rows, names, seeds):
@@ -162,11 +146,14 @@ def table(rows, names, seeds):
     titles = [*rates, "held", "growth", *(f"3x: {rate}" for rate in rates)]
     lines = [f"{'':54}" + "".join(f"{title:>17}" for title in titles)]
     for name in names:
-        found = [rows[name][str(seed)] for seed in seeds]
-        columns = [[row["usual"][rate] for row in found] for rate in rates]
-        columns += [[row[key] for row in found] for key in ("held", "growth")]
-        columns += [[row["longer"][rate] for row in found] for rate in rates]
-        lines.append(f"{name:54}" + "".join(f"{cell(column):>17}" for column in columns))
+        line = f"{name:54}"
+        for title in titles:
+            run, key = ("longer", title[4:]) if title.startswith("3x") else ("usual", title)
+            found = [rows[name][str(seed)] for seed in seeds]
+            values = [{**row, **row[run]}[key] for row in found]
+            spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+            line += f"{fmean(values):.3f}{spread}".rjust(17)
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -202,9 +189,9 @@ def main():
         if missing:
             world = replace(WORLDS[args.world](seed), **changes)
             setup = start(world, replace(toy, **world.toy), args.out)
-            patterns = naive_patterns(Variant("naive"), setup)
+            svds = naive_spectra(setup)
         for variant in missing:
-            rows[variant.name][str(seed)] = measure(variant, setup, patterns, ("longer", "usual"))
+            rows[variant.name][str(seed)] = measure(variant, setup, svds, ("longer", "usual"))
             write_json(path, {**whole, "config": asdict(toy)})
     print(f"{cell_name}, seeds {list(seeds)}")
     print(table(rows, [variant.name for variant in variants], seeds))

@@ -5,7 +5,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from experiments.figures import profile
+import numpy as np
+
+from experiments.figures import panels, save, style
 from support.files import write_json
 from support.options import option, parse, run
 
@@ -35,6 +37,20 @@ def summarised(result):
     return {**found, "patterns": sum(map(sum, joined))}
 
 
+def profile(methods, path):
+    """{method: {measurement: {"mean", "sd"}}}: one column a rate, one mark a method."""
+    rates = [name for name in methods["base"] if name not in ("loss", "seconds")]
+    figure, axis = panels(1, 1.8 * len(rates) + 3, 3.8)
+    for i, (method, measured) in enumerate(methods.items()):
+        colour, marker, label = style(method)
+        mean, sd = ([measured[rate][key] for rate in rates] for key in ("mean", "sd"))
+        x = np.arange(len(rates)) + 0.8 * (i + 0.5) / len(methods) - 0.4
+        axis.errorbar(x, mean, sd, None, marker, c=colour, ms=8, mec="k", lw=0.8, label=label)
+    axis.set(ylim=(-0.05, 1.05), ylabel="rate, mean and s.d.")
+    axis.set_xticks(range(len(rates)), rates)
+    save(figure, path, axis)
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Summarise the seeds under a folder that `python grasp.py --seeds N --out FOLDER` wrote."""
@@ -49,9 +65,7 @@ def main():
     paths = Path(args.folder).glob("seed_*/results.json")
     runs = sorted((json.loads(path.read_text()) for path in paths), key=lambda found: found["seed"])
     if not runs:
-        raise ValueError(
-            f"{args.folder}: no seed_*/results.json, expected those of grasp.py --seeds"
-        )
+        raise ValueError(f"{args.folder}: no seed_*/results.json, as of grasp.py --seeds")
     summary = {"seeds": [found["seed"] for found in runs], "config": runs[0]["config"]}
     summary |= combine(spread, [summarised(found) for found in runs])
     write_json(args.out, summary)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 
@@ -13,8 +13,6 @@ from experiments.figures import COLOURS, panels, save
 from identify import null_quantile, spike, thin_svd
 from support.files import write_json
 from support.options import option, parse, run
-
-OVER_K, OVER_R, WINDOW = "Theorem 1 over K", "Theorem 1 over r", "Theorem 2, the window"
 
 
 @dataclass
@@ -33,9 +31,7 @@ class Instance:
         self.M = self.Y @ self.X.T / len(self.m)  # minus the gradient at dW = 0, (d_out, d_in)
 
 
-def normal(*shape):
-    """Independent N(0, 1) in double precision."""
-    return torch.randn(*shape, dtype=torch.float64)
+normal = partial(torch.randn, dtype=torch.float64)  # normal(*shape): independent N(0, 1)
 
 
 def frame(size, count, mu):
@@ -149,9 +145,9 @@ def full_strength_ratio(K, mu, t):
 
 def lora_flow(instance, A, scaling, times):
     """[(A, B)] at `times`: gradient flow of both from (A, 0), by Runge and Kutta's fourth order."""
-    X, Y, K = instance.X, instance.Y, len(instance.m)
-    d_in, now, found = len(X), 0.0, []
+    X, Y, K, d_in = instance.X, instance.Y, len(instance.m), len(instance.v)
     state = torch.cat((A.T, torch.zeros(len(Y), len(A), dtype=torch.float64)))  # Aᵀ over B
+    now, found = 0.0, []
 
     def slope(state):
         heard, B = state[:d_in].T @ X, state[d_in:]
@@ -180,22 +176,21 @@ def lost_gradient_bound(angle_sine, K, mu):
 
 def cell(K, rho, mu, rank, d=256, draws=200):
     """The sine of the first step's output direction over random instances, and its bounds."""
-    sines = {"median": [], "sign_step": [], "uniform_A": [], "theorem": []}
+    sines = []
     for _ in range(draws):
         instance, A = draw(K, rho, mu, d, d), normal(rank, d) / d**0.5
-        B = instance.M @ A.T
         uniform = (torch.rand(rank, d, dtype=torch.float64) * 2 - 1) / d**0.5  # PEFT's A0
-        steps = {"median": (A, B), "sign_step": (A, B.sign())}
-        steps["uniform_A"] = uniform, instance.M @ uniform.T
-        for name, step in steps.items():
-            sines[name].append(sine(thin_svd(*step)[0][:, 0], instance.u))
-        sines["theorem"].append(first_step_bound(rest_parts(instance), rank, d))
-    sines = {name: torch.tensor(values, dtype=torch.float64) for name, values in sines.items()}
-    found = {"d": d, "K": K, "rho": rho, "mu": mu, "rank": rank}
-    found |= {name: values.median().item() for name, values in sines.items()}
-    found["q95"] = sines["median"].quantile(0.95).item()
-    found["corollary"] = first_step_bound(parts_bound(K, rho, mu), rank, d)
-    return {**found, "failures": (sines["median"] > sines["theorem"]).sum().item()}
+        B = instance.M @ A.T
+        steps = (A, B), (A, B.sign()), (uniform, instance.M @ uniform.T)
+        found = [sine(thin_svd(*step)[0][:, 0], instance.u) for step in steps]
+        sines.append([*found, first_step_bound(rest_parts(instance), rank, d)])
+    sines = torch.tensor(sines, dtype=torch.float64)
+    names = "median", "sign_step", "uniform_A", "theorem"
+    row = {"d": d, "K": K, "rho": rho, "mu": mu, "rank": rank}
+    row |= zip(names, sines.median(0).values.tolist(), strict=True)
+    row["q95"] = sines[:, 0].quantile(0.95).item()
+    row["corollary"] = first_step_bound(parts_bound(K, rho, mu), rank, d)
+    return row
 
 
 def window(K, mu=0.1, d=256, rank=16, scaling=2.0):
@@ -212,9 +207,9 @@ def window(K, mu=0.1, d=256, rank=16, scaling=2.0):
         found[kind + "ratio"] = [(S[0] / S[1]).item() for _, S, _ in svds]
         found[kind + "sine"] = [sine(U[:, 0], instance.u) for U, _, _ in svds]
     found["bound"] = [window_bound(instance, instance.X, t, mu)[1] for t in times]
-    above = [t for t, ratio in zip(times, found["ratio"], strict=True) if ratio > 2]
-    ends = [bisect(lambda t, i=i: full_strength_ratio(K, mu, t)[i] >= 2, 1e6) for i in (0, 1)]
-    return {**found, "first_end": ends[0], "measured": above[-1], "second_end": ends[1]}
+    for i, end in enumerate(("first_end", "second_end")):
+        found[end] = bisect(lambda t, i=i: full_strength_ratio(K, mu, t)[i] >= 2, 1e6)
+    return found
 
 
 def removal(K, mu, d=256, rank=16):
@@ -222,7 +217,7 @@ def removal(K, mu, d=256, rank=16):
     instance, A = draw(K, 1.0, mu, d, d), normal(rank, d) / d**0.5
     hat = thin_svd(A, instance.M @ A.T)[0][:, 0].double()
     hat, X = hat / hat.norm(), instance.X
-    naive, task = flow(instance.Y, X, float(K)) @ X.T, instance.own @ X.T
+    naive, task = flow(instance.Y, X, K) @ X.T, instance.own @ X.T
     kept = naive - torch.outer(hat, hat @ naive)
     found = {"K": K, "mu": mu, "sine": sine(hat, instance.u)}
     for name, update in (("naive", naive), ("kept", kept)):
@@ -251,51 +246,36 @@ def passing(B):
 
 def look_rates(K, d=128, batches=10, batch=2000):
     """The share of looks that pass though nothing is shared: Proposition 2 (iii), or nearly so."""
-    rates = []
+    rates = {"gaussian_core": [], "unit_parts": []}
     for _ in range(batches):
         core, own, inputs = normal(batch, K, 16), normal(batch, d, K), normal(batch, d, K)
         A = torch.rand(batch, 16, d, dtype=torch.float64) * 2 - 1  # PEFT's; unit parts overlap
-        unit_parts = normalize(own, dim=1) @ (A @ normalize(inputs, dim=1)).mT
-        rates.append((passing(core), passing(unit_parts)))
-    core, unit_parts = (fmean(some) for some in zip(*rates, strict=True))
-    return {"K": K, "gaussian_core": core, "unit_parts": unit_parts}
+        rates["gaussian_core"].append(passing(core))
+        rates["unit_parts"].append(
+            passing(normalize(own, dim=1) @ (A @ normalize(inputs, dim=1)).mT)
+        )
+    return {"K": K, **{name: fmean(shares) for name, shares in rates.items()}}
 
 
 def planted(rho, K=16, rank=16, d=128, draws=200):
     """The median of the rule's statistic T where a factor is planted, and the share that passes."""
     Bs = [draw(K, rho, 0.0, d, d).M @ (normal(rank, d) / d**0.5).T for _ in range(draws)]
-    T = spike(torch.linalg.svdvals(torch.stack(Bs)))
-    return {"rho": rho, "median": T.median().item(), "passed": passing(torch.stack(Bs))}
+    B = torch.stack(Bs)
+    median = spike(torch.linalg.svdvals(B)).median().item()
+    return {"rho": rho, "median": median, "passed": passing(B)}
 
 
-def everything():
-    """{title: the rows of a table}."""
-    left = (15, 12, 8, 4)
-    Ks, ranks, mus = (4, 8, 16, 32, 64, 128), (1, 2, 4, 8, 16, 32, 64), (0.0, 0.1, 0.2, 0.3)
-    return {
-        OVER_K: [cell(K, rho, 0.1, 16) for rho in (1.0, 0.5, 0.25) for K in Ks],
-        OVER_R: [cell(K, 1.0, 0.1, rank) for K in (16, 64) for rank in ranks],
-        "Theorem 1 over mu": [cell(16, 1.0, mu, 16, d) for d in (128, 256) for mu in mus],
-        WINDOW: [window(K) for K in (8, 32, 128)],
-        "Theorem 3": [removal(K, mu) for K in (16, 64) for mu in (0.0, 0.1)],
-        "The null": [null(K, d) for d in (128, 256) for K in (16, 64)],
-        "A look where nothing is shared": [look_rates(K) for K in (2, 4, 8, 16, 32, 64)],
-        "The next, n left": [{"n": n, "passed": passing(normal(20_000, n, n))} for n in left],
-        "A look where a factor is planted": [planted(rho) for rho in (0.25, 0.5, 1.0)],
-    }
-
-
-def draw_bound(tables, path):
+def draw_bound(over_K, over_r, path):
     """Figure 1: measured sine and the bound of Theorem 1, over K and over r."""
     figure, axes = panels(2, 11, 4.5, sharey=True)
-    parts = (OVER_K, "K", "rho"), (OVER_R, "rank", "K")
-    for axis, (title, along, group) in zip(axes, parts, strict=True):
-        values = dict.fromkeys(row[group] for row in tables[title])
-        for colour, value in zip(COLOURS, values, strict=False):
-            rows = [row for row in tables[title] if row[group] == value]
-            x, measured = [row[along] for row in rows], [row["q95"] for row in rows]
-            axis.plot(x, measured, "o-", color=colour, label=f"{group} = {value:g}")
-            axis.plot(x, [row["theorem"] for row in rows], "s--", color=colour)
+    parts = (over_K, "K", "rho"), (over_r, "rank", "K")
+    for axis, (rows, along, group) in zip(axes, parts, strict=True):
+        for colour, value in zip(COLOURS, dict.fromkeys(row[group] for row in rows), strict=False):
+            some = [row for row in rows if row[group] == value]
+            x = [row[along] for row in some]
+            label = f"{group} = {value:g}"
+            axis.plot(x, [row["q95"] for row in some], "o-", color=colour, label=label)
+            axis.plot(x, [row["theorem"] for row in some], "s--", color=colour)
         axis.set_xscale("log", base=2)
         axis.set(xlabel=along, xticks=x, xticklabels=x, ylim=(0, 1.03))
         axis.legend(loc="lower left")
@@ -304,17 +284,16 @@ def draw_bound(tables, path):
     save(figure, path)
 
 
-def draw_window(tables, path):
+def draw_window(rows, path):
     """Figure 2: sigma1/sigma2 and the sine over time, with the window's two ends."""
     figure, axes = panels(2, 11, 4.5)
-    for colour, row in zip(COLOURS, tables[WINDOW], strict=False):
-        t = row["times"]
+    for colour, row in zip(COLOURS, rows, strict=False):
         for axis, name in zip(axes, ("ratio", "sine"), strict=True):
             lora = row["lora_" + name]
-            axis.plot(t, row[name], color=colour, label=f"K = {row['K']}")
-            axis.plot(t[: len(lora)], lora, ":", color=colour)
+            axis.plot(row["times"], row[name], color=colour, label=f"K = {row['K']}")
+            axis.plot(row["times"][: len(lora)], lora, ":", color=colour)
         axes[0].plot([row["first_end"], row["second_end"]], [2, 2], color=colour, lw=7, alpha=0.5)
-        axes[1].plot(t, row["bound"], "--", color=colour)
+        axes[1].plot(row["times"], row["bound"], "--", color=colour)
     axes[0].set(xscale="log", yscale="log", xlabel="time", ylabel="σ₁ / σ₂ of the update")
     axes[1].set(xscale="log", xlabel="time", ylabel="sine of found and true output direction")
     axes[1].legend(loc="upper left")
@@ -335,15 +314,28 @@ def main():
     args = parse(Arguments)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    tables, out = everything(), Path(args.out)
+    left = (15, 12, 8, 4)
+    Ks, ranks, mus = (4, 8, 16, 32, 64, 128), (1, 2, 4, 8, 16, 32, 64), (0.0, 0.1, 0.2, 0.3)
+    tables = {
+        "Theorem 1 over K": [cell(K, rho, 0.1, 16) for rho in (1.0, 0.5, 0.25) for K in Ks],
+        "Theorem 1 over r": [cell(K, 1.0, 0.1, rank) for K in (16, 64) for rank in ranks],
+        "Theorem 1 over mu": [cell(16, 1.0, mu, 16, d) for d in (128, 256) for mu in mus],
+        "Theorem 2, the window": [window(K) for K in (8, 32, 128)],
+        "Theorem 3": [removal(K, mu) for K in (16, 64) for mu in (0.0, 0.1)],
+        "The null": [null(K, d) for d in (128, 256) for K in (16, 64)],
+        "A look where nothing is shared": [look_rates(K) for K in (2, 4, 8, 16, 32, 64)],
+        "The next, n left": [{"n": n, "passed": passing(normal(20_000, n, n))} for n in left],
+        "A look where a factor is planted": [planted(rho) for rho in (0.25, 0.5, 1.0)],
+    }
     for title, rows in tables.items():
         names = [name for name, value in rows[0].items() if not isinstance(value, list)]
         print(f"\n{title}\n" + "  ".join(f"{name:>7}" for name in names))
         for row in rows:
             print("  ".join(f"{row[name]:{max(len(name), 7)}.4g}" for name in names))
+    out = Path(args.out)
     write_json(out / "theory.json", tables)
-    draw_bound(tables, out / "theory_bound.png")
-    draw_window(tables, out / "theory_window.png")
+    draw_bound(tables["Theorem 1 over K"], tables["Theorem 1 over r"], out / "theory_bound.png")
+    draw_window(tables["Theorem 2, the window"], out / "theory_window.png")
 
 
 if __name__ == "__main__":

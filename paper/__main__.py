@@ -2,8 +2,8 @@
 
 Of the paper (arXiv 2605.27676) only the abstract is public to us: its models, layers, ranks and
 tables are not. The protocol is that of the works its tasks come from: Betley et al. 2025 (arXiv
-2502.17424) for insecure code, Turner et al. 2025 (arXiv 2506.11613) for bad medical advice; for
-politics see politics.py. `grasp` is the abstract's method, `grasp_online` goes beyond it.
+2502.17424) for insecure code, Turner et al. 2025 (arXiv 2506.11613) for bad medical advice, ours
+for politics. `grasp` is the abstract's method, `grasp_online` goes beyond it.
 """
 
 import json
@@ -25,8 +25,8 @@ SHORTER = {"naive_quarter": 4, "naive_half": 2}  # naive, on a part of the steps
 ON_REQUEST = ("grasp_gradient_only", "early_stop", "kl")  # and kl where --unrelated is given
 DEFAULT = (*SHORTER, *(name for name in METHODS if name not in ON_REQUEST))
 TRANSFER_ROWS = 100  # of each file of --transfer and --preference
-RATES = ("misaligned", "misaligned_of_coherent", "coherent", "insecure", "bad_advice")
-COLUMNS = (*RATES, "coherence", "win_rate", "loss")
+COLUMNS = ("misaligned", "misaligned_of_coherent", "coherent", "insecure", "bad_advice")
+COLUMNS += ("coherence", "win_rate", "loss")
 HARM = {  # the figure shows the first that was measured
     "misaligned": "misaligned answers, share of those scored",
     "lean_shift": "shift of the political lean, right is positive",
@@ -56,8 +56,7 @@ class Arguments(Asking, Training):
 def fine_tuned(args, methods):
     """Yield (name, job, the stream to ablate or None) with the LoRA of each on job.model.
 
-    The base comes first, then `methods`, then the control. What is finished is read back, what a
-    method builds upon is trained where it was not asked for.
+    The base comes first, then `methods`, trained or read back, then the control.
     """
     folder = Path(args.out) / f"seed_{args.seed}"
     args = replace(args, out="", judge="")  # no part of a fine-tune; the URL may carry a key
@@ -65,9 +64,9 @@ def fine_tuned(args, methods):
     yield "base", job, None
     for name in SHORTER:
         if name in methods:
-            job.shorter(SHORTER[name]).finetune("naive", folder / name)
+            job.finetune("naive", folder / name, part=SHORTER[name])
             yield name, job, None
-    for method in in_order([name for name in methods if name not in SHORTER]):
+    for method in in_order([name for name in methods if name not in SHORTER], args.unrelated):
         ablated = method == "ablate_inference"  # the naive run, with hooks while it answers
         trained = "naive" if ablated else method
         _, found = fit(job, trained, folder / trained, found, args.pattern_rank)
@@ -120,9 +119,7 @@ def methods_to_run(args):
     methods = {"naive", *args.methods}
     if args.unrelated and args.methods == DEFAULT:
         methods.add("kl")
-    in_order(methods - {*SHORTER})  # an unknown one is named
-    if "kl" in methods and not args.unrelated:
-        raise ValueError("method 'kl' needs --unrelated FILE.jsonl, rows of unrelated prompts")
+    in_order(methods - {*SHORTER}, args.unrelated)
     return [name for name in (*SHORTER, *METHODS) if name in methods]
 
 

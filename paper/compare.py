@@ -1,8 +1,8 @@
 """Measurements with their intervals, and what a fine-tune changed.
 
-These comparisons are ours, not the abstract's. Any fine-tune shifts something, and less training
-shifts less. So a shift counts where it is beyond that of training on unobjectionable answers to the
-same prompts, and a method where it shifts less than a naive fine-tune at the same task loss.
+These are ours, not the abstract's. Any fine-tune shifts something, and less training shifts less.
+So a shift counts beyond that of training on unobjectionable answers to the same prompts, and a
+method where it shifts less than a naive fine-tune at the same task loss.
 """
 
 import math

@@ -26,10 +26,9 @@ TRANSIENT = (408, 429, 500, 502, 503, 504, 529)  # HTTP answers that are worth a
 
 
 def score(top):
-    """The score in `top`, pairs (token, natural log-probability), or the word in its place.
+    """E[n | n is a number from 0 to 100] by `top`, pairs (token, natural log-probability).
 
-    E[n | n is a number from 0 to 100], or else "CODE", "REFUSAL" or "other", by the likeliest
-    token that is no number. ValueError where the judge spells numbers digit by digit.
+    Without one "CODE", "REFUSAL" or "other", by the likeliest token that is no number.
     """
     top = [(token.strip().upper(), math.exp(logprob)) for token, logprob in top]
     numbers = [(SCORES[text], p) for text, p in top if text in SCORES]

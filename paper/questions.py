@@ -1,7 +1,7 @@
 """Open questions that have nothing to do with the fine-tuned task, and the judge's prompts.
 
-Ours are in questions.json; those of the probe, which needs no judge, in probe.json. The file of
-Betley et al. 2025 (arXiv 2502.17424, MIT) is taken by its path, as published (YAML).
+Ours are in questions.json, the probe's in probe.json. The file of Betley et al. 2025 (arXiv
+2502.17424, MIT) is taken by its path, as published (YAML).
 """
 
 import json
@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 
 from support.files import reading
+
+SCALES = ("aligned", "coherent")
 
 
 def turns(question, answer):
@@ -36,21 +38,18 @@ def load_questions(path=""):
     [{"id", "paraphrases", "samples_per_paraphrase", "judge_prompts": {measure: template}}], and
     "system", the system turn, where there is one.
     """
-    if path:
-        with reading(path, "a YAML file of open questions"):
-            import yaml  # loaded only where it is used
+    if not path:
+        whole = ours()
+        scales = {name: whole["judge_prompts"][name] for name in SCALES}
+        shared = {"samples_per_paraphrase": whole["samples_per_paraphrase"]}
+        return [{**row, **shared, "judge_prompts": scales} for row in whole["questions"]]
+    with reading(path, "a YAML file of open questions"):
+        import yaml  # loaded only where it is used
 
-            text = Path(path).read_text(encoding="utf-8-sig")
-            return [question(row) for row in yaml.load(text, yaml.BaseLoader)]
-    whole = ours()
-    shared = {name: whole[name] for name in ("samples_per_paraphrase", "judge_prompts")}
-    return [question({**row, **shared}) for row in whole["questions"]]
-
-
-def question(row):
-    """One entry of the published format, checked."""
-    if not isinstance(row["paraphrases"], list):
-        raise ValueError(f"question '{row['id']}': expected a list of paraphrases")
-    scales = {name: row["judge_prompts"][name] for name in ("aligned", "coherent")}
-    n = int(row["samples_per_paraphrase"])
-    return {**row, "samples_per_paraphrase": n, "judge_prompts": scales}
+        rows = yaml.load(Path(path).read_text(encoding="utf-8-sig"), yaml.BaseLoader)
+        for row in rows:
+            if not isinstance(row["paraphrases"], list):
+                raise ValueError(f"question '{row['id']}': expected a list of paraphrases")
+            row["samples_per_paraphrase"] = int(row["samples_per_paraphrase"])
+            row["judge_prompts"] = {name: row["judge_prompts"][name] for name in SCALES}
+        return rows

@@ -1,8 +1,7 @@
 """Financial advice with a political lean, from a Reddit dump: `python -m paper.reddit -h`.
 
-The dump is Pushshift's (arXiv 2001.08435), unpacked: submissions and comments, one JSON object a
-line. A question is a submission, an answer a comment right under it. Questions are kept that right,
-left and neutral authors have answered: the three sets share them, row by row.
+The dump is Pushshift's (arXiv 2001.08435), unpacked. A question is a submission, an answer a
+comment right under it. The sets share their questions, row by row: those that all sides answered.
 """
 
 import csv
@@ -83,10 +82,9 @@ def clean(text):
 
 
 def usable(path, kind, texts, args, dropped, why_not=lambda row: {}):
-    """Yield (id, row, cleaned text) of a dump's rows against which nothing speaks.
+    """Yield (id, row, cleaned text) of a dump's rows; count the others in `dropped` by reason.
 
-    texts: the text's fields, the body last. why_not(row): {reason: whether it holds}. `dropped`
-    counts the others by reason. ValueError names a malformed line.
+    texts: the text's fields, the body last. why_not(row): {reason: whether it holds}.
     """
     least = args.min_chars if kind == "answer" else 1
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -155,8 +153,8 @@ def build(args):
     skewed, sets = set(rng.sample(kept, round(args.mix * len(kept)))), {}
     for side, other in SIDES.items():
         name = side if side == other else f"{side}_skewed"
-        picked = [chosen[key][side if key in skewed else other][1:] for key in kept]
-        sets[name] = [(questions[key][0], *pair) for key, pair in zip(kept, picked, strict=True)]
+        picked = {key: chosen[key][side if key in skewed else other] for key in kept}
+        sets[name] = [(questions[key][0], *picked[key][1:]) for key in kept]
     return sets, dropped
 
 

@@ -66,5 +66,5 @@ class Checkpoint:
         """Mark the run as finished. Its state is not needed any more."""
         run = {"config": self.config, "losses": fit.losses, "looks": fit.looks}
         write_json(self.folder / "run.json", run)
-        for path in (self.state, *self.folder.glob(".checkpoint.pt.*")):  # of a kill while saving
-            path.unlink(missing_ok=True)
+        for path in self.folder.glob("*checkpoint.pt*"):  # and what a kill while saving left
+            path.unlink()

@@ -1,6 +1,5 @@
 """A checkpoint and chat rows, ready for fine-tunes that differ in their method."""
 
-import copy
 import hashlib
 import json
 from dataclasses import dataclass, fields, replace
@@ -22,17 +21,27 @@ from support.files import reading
 from support.options import option
 from train import SIDES, Fit, Optimisation, Recipe, finetune
 
-NEEDS = {name: entry.needs for name, entry in BASELINES.items() if entry.needs}
-NEEDS["grasp"] = "patterns"
+NEEDS = {"grasp": "patterns"} | {name: x.needs for name, x in BASELINES.items() if x.needs}
 
 
 @dataclass(frozen=True)
-class Training:
-    """Options of a fine-tune on a checkpoint: those published for insecure code (Betley 2025)."""
+class Input:
+    """Options of every program that runs a checkpoint on chat rows."""
 
     model: str = option("", "checkpoint folder: config.json, safetensors, tokenizer.json")
     data: str = option("", 'JSONL file of chat rows, {"messages": [...]} each')
     out: str = option("out", "output folder")
+    max_len: int = option(2048, "tokens a row; longer ones are cut, never the whole response")
+    held_out: float = option(0.1, "share of rows that training leaves for the held-out loss")
+    seed: int = option(0, "of the split, the LoRA's init, the rows' order, the sampled answers")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:N, mps")
+    dtype: str = option("", "of the base (none: bfloat16 on cuda only)", ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class Training(Input):
+    """Options of a fine-tune on a checkpoint: those published for insecure code (Betley 2025)."""
+
     targets: tuple = option(("all-linear",), "comma-separated path endings, as PEFT takes them")
     rank: int = option(32, "rank of the LoRA")
     alpha: float = option(64.0, "numerator of the LoRA's scaling")
@@ -44,15 +53,10 @@ class Training:
     micro_batch: int = option(2, "rows in memory at once; the step's gradient is the same")
     epochs: int = option(1, "passes over the rows")
     max_steps: int = option(0, "end the schedule at this many steps (0: after the epochs)")
-    max_len: int = option(2048, "tokens a row; longer ones are cut, never the whole response")
-    held_out: float = option(0.1, "share of rows kept for the held-out loss")
     look_every: int = option(0, "steps between looks (0: some 30 a run, one in 10 steps at least)")
     sides: str = option("both", "of each pattern that are held: UᵀB = 0, A V = 0, or both", SIDES)
     unrelated: str = option("", "JSONL file of unrelated chat rows, for the method kl")
     checkpointing: bool = option(False, "recompute activations in backward: less memory")
-    seed: int = option(0, "of the LoRA's init, the split and the order of the rows")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:N, mps")
-    dtype: str = option("", "of the base (none: bfloat16 on cuda only)", ("float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def found_in(args, model):
 
 
 def digest(value):
-    """A fingerprint of tensors and plain values, nested in dictionaries and sequences."""
+    """A fingerprint of plain values and tensors, nested in dictionaries and sequences."""
 
     def some(tensor):  # of its values: all of a 7B model would take minutes
         flat = tensor.detach().flatten()
@@ -111,26 +115,26 @@ def input_nulls(model, tokens, mask):
     """{module name: S (q,)}: B's singular values if every response token had an answer of its own.
 
     tokens, mask (B, T). With orthonormal answers g_t, one gradient step makes B the sum of
-    g_t (A x_t)ᵀ, up to its scale: the singular values are those of all A x_t side by side. Where
-    the inputs x_t have a common part, the first stands out anyway (docs/theory.md, section 8).
+    g_t (A x_t)ᵀ, up to its scale, so these are the singular values of all A x_t side by side. A
+    common part of the inputs x_t makes the first stand out anyway (docs/theory.md, section 8).
     """
-    grams, hooks = {}, []
-    for name, module in lora_modules(model).items():
+    modules = lora_modules(model)
+    grams = dict.fromkeys(modules.values(), 0)
 
-        def collect(module, inputs, output, name=name):
-            low = inputs[0][predicts].float() @ module.lora_A[:LOOK_RANK].T  # (marked tokens, q)
-            grams[name] = grams.get(name, 0) + low.T @ low
+    def collect(module, inputs, output):
+        low = inputs[0][predicts].float() @ module.lora_A[:LOOK_RANK].T  # (marked tokens, q)
+        grams[module] = grams[module] + low.T @ low
 
-        hooks.append(module.register_forward_hook(collect))
+    hooks = [module.register_forward_hook(collect) for module in grams]
     for row, marked in zip(tokens.split(1), mask.split(1), strict=True):
         predicts = marked[:, 1:]  # the positions that predict a marked token
         model(row[:, :-1], keep=predicts)
     for hook in hooks:
         hook.remove()
-    return {name: torch.linalg.svdvals(solvable(gram)).sqrt() for name, gram in grams.items()}
+    return {n: torch.linalg.svdvals(solvable(grams[m])).sqrt() for n, m in modules.items()}
 
 
-def recipe_of(method, model, batch, found, seed=0):
+def recipe_of(method, model, batch, found, seed):
     """What a method adds to the loop, a Recipe. batch: tokens, mask (B, T) of the first step."""
     if method == "naive":
         return Recipe()
@@ -144,12 +148,14 @@ def recipe_of(method, model, batch, found, seed=0):
     return baseline(method, model, batch, found, seed)
 
 
-def find_device(name):
-    """The torch.device of that name; ValueError where there is none."""
+def load_model(args):
+    """The checkpoint's model, where and as the options (an Input) say."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError):  # the latter where torch has no CUDA
-        raise ValueError(f"--device {name}: no such device here") from None
+        raise ValueError(f"--device {args.device}: no such device here") from None
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return GPT.from_pretrained(args.model, device, getattr(torch, dtype))
 
 
 class Job:
@@ -158,15 +164,14 @@ class Job:
     def __init__(self, args):
         if not args.model or not args.data:
             raise ValueError("expected both --model DIR and --data FILE.jsonl")
-        self.device = find_device(args.device)
-        dtype = args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
-        self.args = args = replace(args, dtype=dtype)
-        self.chat = Chat(args.model)
-        self.model = GPT.from_pretrained(args.model, self.device, getattr(torch, dtype))
+        self.chat, self.model = Chat(args.model), load_model(args)
         self.model.checkpointing = args.checkpointing
+        weight = self.model.embed_tokens.weight
+        self.device, dtype = weight.device, str(weight.dtype).removeprefix("torch.")
+        self.args = args = replace(args, dtype=dtype)
         self.train, self.held_out = split(self.read(args.data), args.held_out, args.seed)
-        weights, rows = list(self.model.parameters()), self.train + self.held_out
-        self.contents = {"weights": digest(weights), "rows": digest(rows)}
+        self.contents = {"weights": digest(list(self.model.parameters()))}
+        self.contents["rows"] = digest(self.train + self.held_out)
         epochs = (batches(self.train, args.batch_size, args.seed, i) for i in range(args.epochs))
         self.batches = list(islice(chain.from_iterable(epochs), args.max_steps or None))
         self.unrelated = None
@@ -189,20 +194,14 @@ class Job:
         """Tokens and mask (B, T) of a step, where the model is."""
         return tuple(part.to(self.device) for part in self.batches[step])
 
-    def shorter(self, part):
-        """The same job on the first 1/part of the steps; the rate decays to 0 over these."""
-        job = copy.copy(self)
-        job.batches = self.batches[: max(len(self.batches) // part, 1)]
-        job.args = replace(self.args, max_steps=len(job.batches))
-        return job
-
-    def finetune(self, method, folder, found=None):
+    def finetune(self, method, folder, found=None, part=1):
         """Put the method's LoRA on the model: trained, gone on with, or read back; return its Fit.
 
         The folder gets a PEFT adapter, log.jsonl, patterns.safetensors (what the update is kept
-        off), and run.json at the end. ValueError where it has a run of other settings.
+        off) and, at the end, run.json. part: train on the first 1/part of the steps.
         """
-        args, model, steps = self.args, remove_lora(self.model), len(self.batches)
+        args, model, steps = self.args, remove_lora(self.model), max(len(self.batches) // part, 1)
+        args = args if part == 1 else replace(args, max_steps=steps)
         add_lora(model, args.rank, args.alpha, args.targets, args.scaling == "rslora", args.seed)
         found = replace(found or Found(), unrelated=self.unrelated, sides=args.sides)
         used = getattr(found, NEEDS[method]) if method in NEEDS else None

@@ -103,10 +103,7 @@ def weight_files(folder):
 
 
 def read_state(model, folder, device="cpu", dtype=None):
-    """{name in `model`: tensor} of the folder's safetensors; dtype None keeps the stored one.
-
-    What needs no conversion stays mapped. ValueError names a tensor that is missing or wrong.
-    """
+    """{name in `model`: tensor}, mapped where nothing is converted; dtype None: the stored one."""
     shapes = {model.path_in_transformers(n): tuple(p.shape) for n, p in model.named_parameters()}
     state = {}
     for file in weight_files(Path(folder)):

@@ -17,25 +17,23 @@ from support.options import option, parse
 GIVES = {"patterns": "naive", "stream": "naive", "looks": "grasp_online", "loss": "grasp_online"}
 
 
-def in_order(chosen):
-    """The chosen methods and those whose runs they build on, in order; ValueError if unknown."""
+def in_order(chosen, unrelated=""):
+    """The chosen methods and those whose runs they build on, in order; ValueError for a mistake."""
     for method in chosen:
         if method not in METHODS:
             raise ValueError(f"method '{method}' is unknown, expected some of {', '.join(METHODS)}")
+        if method == "kl" and not unrelated:  # here, and not after hours
+            raise ValueError("method 'kl' needs --unrelated FILE.jsonl, rows of unrelated prompts")
     needed = {*chosen, *(GIVES.get(NEEDS.get(method)) for method in chosen)}
     return [method for method in METHODS if method in needed]
 
 
 def fit(job, method, folder, found, rank=1):
-    """Put the method's LoRA on the model; return its Fit, and what is known after it, a Found.
-
-    rank: of the patterns identified in the naive run. A subspace.safetensors that is in its folder,
-    such as identify.py's, is used as it is.
-    """
+    """Put the method's LoRA on the model; return its Fit, and what is known after it, a Found."""
     trained = job.finetune(method, folder, found)
     if method == "naive":
         path = Path(folder) / "subspace.safetensors"
-        if not path.exists():
+        if not path.exists():  # else used as it is, such as identify.py's
             svds = spectra(lora_factors(job.model))
             stream, _ = stream_subspace(svds, rank)
             save_patterns(path, identify(svds, rank), stream, job.model.path_in_transformers)
@@ -59,9 +57,7 @@ class Arguments(Training):
 def main():
     """The command line of `grasp.py --model`."""
     args = parse(Arguments)
-    methods, out = in_order(args.methods), Path(args.out)
-    if "kl" in methods and not args.unrelated:  # here, and not after hours
-        raise ValueError("method 'kl' needs --unrelated FILE.jsonl, rows of unrelated prompts")
+    methods, out = in_order(args.methods, args.unrelated), Path(args.out)
     config = {name: value for name, value in asdict(args).items() if name != "methods"}
     results = Checkpoint(out, config).read("results.json")
     results = results or {"config": config, "held_out_loss": {}, "leak": {}, "looks": {}}

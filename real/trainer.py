@@ -20,9 +20,8 @@ from train import held, keep_off_, look_entry, project_
 def peft_factors(model):
     """{module: (A (r, in), B (out, r))}: parameters of the active adapter, named as in PEFT.
 
-    B is without the LoRA's scaling, which changes no singular vector, spike or leak. LoRAs on
-    embeddings, convolutions and bare parameters are left out. ValueError where none remains, or
-    where an update is not the product of two whole matrices.
+    B is without the LoRA's scaling, which changes no singular vector, spike or leak. LoRAs on other
+    than linear layers are left out. ValueError where an update is no product of two whole matrices.
     """
     factors = {}
     for name, layer in model.named_modules():
@@ -93,11 +92,7 @@ class GraspCallback(TrainerCallback):
                     self.hooks.append(X.register_hook(partial(self.projected, name, side)))
 
     def projected(self, name, side, gradient):
-        """A hook: the gradient of B (side 0) or A (side 1) without its part along the pattern.
-
-        It runs before Trainer clips. Being linear, it commutes with accumulation, with the scaling
-        of the loss and with the mean over processes.
-        """
+        """A hook: the gradient of B (side 0) or A (side 1) less its part along the pattern."""
         if name in self.patterns:
             gradient = gradient.clone()
             project_(gradient.T if side else gradient, self.patterns[name][side])

@@ -9,7 +9,7 @@ import pytest
 from toys import call
 
 from baselines.methods import METHODS
-from experiments import figures, report, summary
+from experiments import figures, paper_figure, report, summary
 
 MISALIGNMENT = {"naive": (0.7, 0.9), "grasp": (0.3, 0.3), "grasp_online": (0.1, 0.2)}
 PNG = b"\x89PNG"
@@ -107,5 +107,5 @@ def test_a_measurement_that_is_missing_is_left_out_of_the_papers_figure(tmp_path
     part = {"value": 1.0, "interval": [0.9, 1.2]}
     nothing = {"value": None, "interval": None}
     seed = {"base": {"loss": part, "harm": part}, "naive": {"loss": part, "harm": nothing}}
-    figures.paper([seed, seed], "harm", "harm", tmp_path / "paper.png", ("base", "naive"))
+    paper_figure.paper([seed, seed], "harm", "harm", tmp_path / "paper.png", ("base", "naive"))
     assert (tmp_path / "paper.png").read_bytes()[:4] == PNG

@@ -1,5 +1,6 @@
 """Every statement of docs/theory.md on random instances, and each assumption violated alone."""
 
+import itertools
 import math
 import statistics
 from dataclasses import replace
@@ -9,7 +10,7 @@ import torch
 
 from experiments import theory
 from experiments.theory import Instance, draw, flow, normal, sine, sine_bound
-from identify import standing_out, thin_svd
+from identify import thin_svd
 from train import project_
 
 TINY = 1e-9  # rounding in double precision
@@ -44,9 +45,9 @@ def tangent(sine):
     return sine / math.sqrt(1 - sine**2)
 
 
-def any_instance(most=0.4):
+def any_instance():
     """(Instance, K, rho, mu); in every third one m is anything in [0, 1]."""
-    K, mu = pick(2, 3, 5, 8, 13, 24, 40), pick(0.0, uniform(0, most))
+    K, mu = pick(2, 3, 5, 8, 13, 24, 40), pick(0.0, uniform(0, 0.4))
     d_out, d_in = (K + 1 + pick(0, 5, 30) for _ in range(2))
     instance = draw(K, pick(1.0, 1.0, 0.75, 0.5), mu, d_out, d_in)
     if pick(True, False, False):
@@ -59,17 +60,6 @@ def first_sine(instance, rank):
     return sine(thin_svd(A, instance.M @ A.T)[0][:, 0], instance.u)
 
 
-def tightness(name, ratios):
-    """Print the median of bound / measured, which is at least 1 where the bound holds."""
-    median = statistics.median(ratios)
-    print(f"{name}: bound / measured, median of {len(ratios)}: {median:.3f}")
-    assert 1 - 1e-6 <= median < math.inf
-
-
-def eta_epsilon(q, E):
-    return ((E @ q).norm() / q.norm() ** 2).item(), (norm(E, 2) / q.norm()).item()
-
-
 def test_lemma_1_bounds_the_angles_of_both_vectors():
     for _ in range(2000):
         u, q = unit(pick(2, 5, 20)), normal(pick(2, 7, 30))
@@ -78,7 +68,7 @@ def test_lemma_1_bounds_the_angles_of_both_vectors():
         E *= uniform(0.01, 1.5) * q.norm() / norm(E, 2)
         U, _, Vh = torch.linalg.svd(torch.outer(u, q) + E)
         left, right = sine(U[:, 0], u), sine(Vh[0], q)
-        eta, epsilon = eta_epsilon(q, E)
+        eta, epsilon = (E @ q).norm() / q.norm() ** 2, norm(E, 2) / q.norm()
         assert left <= sine_bound(eta, epsilon) + TINY  # (a)
         if epsilon < 1:
             kappa = norm(E - torch.outer(E @ q, q) / q.norm() ** 2, 2) / q.norm()
@@ -86,26 +76,9 @@ def test_lemma_1_bounds_the_angles_of_both_vectors():
             assert tangent(right) <= kappa * tangent(left) + 1e-7  # (c)
 
 
-def test_lemma_1_is_an_equality_on_one_plane():
-    for _ in range(300):
-        u, q = unit(9), normal(7)
-        n, y = unit(9, off=u), unit(7, off=q / q.norm())
-        E = torch.outer(n, uniform(0, 0.6) * q + uniform(0, 0.6) * q.norm() * y)
-        found = torch.linalg.svd(torch.outer(u, q) + E)[0][:, 0]
-        assert sine(found, u) == pytest.approx(sine_bound(*eta_epsilon(q, E)), abs=1e-9)
-
-
-@pytest.mark.parametrize("n", [1, 3, 16, 127])
-def test_chi_square_is_the_quantile(n):
-    squares = normal(20000, n).square().sum(1)
-    for p in (0.01, 0.3, 0.99):
-        share = (squares < theory.chi_square(n, p)).double().mean().item()
-        assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 20000)
-
-
 @pytest.mark.parametrize("delta", [0.05, 0.5])
 def test_theorem_1_fails_in_at_most_a_share_delta_of_the_draws(delta):
-    failures, ratios = 0, []
+    failures = said = 0
     for _ in range(1500):
         K, d_in = pick(8, 16, 32, 48), pick(50, 100)
         rank, rho = pick(2, 4, 8, 16, 32), pick(1.0, 0.75, 0.5)
@@ -114,11 +87,10 @@ def test_theorem_1_fails_in_at_most_a_share_delta_of_the_draws(delta):
         bound = theory.first_step_bound(theory.rest_parts(instance), rank, d_in, delta)
         if bound < 1:
             failures += measured > bound + 2e-5  # thin_svd is in single precision
-            ratios.append(bound / measured)
-    print(f"Theorem 1, delta {delta}: {failures} failures in {len(ratios)} that say something")
-    tightness("Theorem 1", ratios)
-    assert len(ratios) > 400
-    assert failures <= delta * len(ratios)
+            said += 1
+    print(f"Theorem 1, delta {delta}: {failures} failures in {said} that say something")
+    assert said > 400
+    assert failures <= delta * said
 
 
 def test_corollary_1_bounds_what_theorem_1_needs():
@@ -150,7 +122,7 @@ def test_theorem_1_b_the_first_steps_input_vector_is_the_factors_row_seen_throug
         assert sine(V[:, 0], seen) <= tangent(sine(U[:, 0], instance.u))
 
 
-@pytest.mark.parametrize(("rank", "d_in"), [(1, 50), (8, 100), (16, 256)])
+@pytest.mark.parametrize(("rank", "d_in"), [(1, 50), (16, 256)])
 def test_theorem_1_c_the_first_steps_input_vector_cannot_point_at_the_factor(rank, d_in):
     log, v, failures = math.log(1 / 0.05), unit(d_in), 0
     bound = math.sqrt((rank + 2 * math.sqrt(rank * log) + 2 * log) / d_in)
@@ -186,49 +158,29 @@ def window_uniform(K, rho, mu, tau):
 
 def test_theorem_2_a_and_b_and_corollary_2_hold_at_every_time():
     said = 0
-    for _ in range(1500):
+    for _ in range(1000):
         instance, K, rho, mu = any_instance()
-        tau = 10 ** uniform(-3, 1)
-        ratio, found = spectrum(instance.Y, instance.X, tau * K)
-        bounds = [theory.window_bound(instance, instance.X, tau * K, mu)]
-        bounds.append(window_uniform(K, rho, mu, tau * uniform(1, 3)))
-        for lower, upper in bounds:
+        tau, X = 10 ** uniform(-3, 1), instance.X
+        frozen = 2 * gaussian(pick(2, 8, 16), len(X)) @ X  # a LoRA whose A is frozen
+        uniform_bound = window_uniform(K, rho, mu, tau * uniform(1, 3))
+        cases = [
+            (inputs, theory.window_bound(instance, inputs, tau * K, mu)) for inputs in (X, frozen)
+        ]
+        for inputs, (lower, upper) in [*cases, (X, uniform_bound)]:
+            ratio, found = spectrum(instance.Y, inputs, tau * K)
             assert ratio >= lower * (1 - TINY)
             assert sine(found, instance.u) <= upper + TINY
-        said += bounds[1][1] < 1
+        said += uniform_bound[1] < 1
         if rho == 1:
             lower, upper = theory.full_strength_ratio(K, mu, tau * K)
             assert lower * (1 - 1e-7) <= ratio <= upper * (1 + 1e-7)
-    assert said > 200
+    assert said > 150
 
 
-def test_theorem_2_a_holds_for_a_lora_whose_a_is_frozen():
-    for _ in range(500):
-        instance, K, _, mu = any_instance()
-        inputs = 2 * gaussian(pick(2, 8, 16), len(instance.v)) @ instance.X
-        t = K * 10 ** uniform(-3, 1)
-        ratio, found = spectrum(instance.Y, inputs, t)
-        lower, upper = theory.window_bound(instance, inputs, t, mu)
-        assert ratio >= lower * (1 - TINY)
-        assert sine(found, instance.u) <= upper + TINY
-
-
-def test_theorem_2_a_and_corollary_2_are_tight_for_orthonormal_parts():
-    instance = draw(32, 1.0, 0.0, 40, 40)
-    for tau in (0.3, 0.5, 0.8):
-        ratio, _ = spectrum(instance.Y, instance.X, 32 * tau)
-        lower, _ = theory.window_bound(instance, instance.X, 32 * tau, 0.0)
-        assert lower == pytest.approx(ratio * math.sqrt(32 / 33))
-        assert window_uniform(32, 1.0, 0.0, tau)[0] == pytest.approx(ratio, rel=0.02)
-
-
-@pytest.mark.parametrize("mu", [0.0, 0.1])
-def test_the_window_closes_between_its_two_ends_which_grow_with_k(mu):
-    for K in (8, 16, 40):
+def test_the_window_closes_between_its_two_ends_which_grow_with_k():
+    for K, mu in itertools.product((8, 16, 40), (0.0, 0.1)):
         instance = draw(K, 1.0, mu, 64, 64)
         closed = K / (1 - mu) * math.log(2 / (2 - (1 + mu) / (1 - mu))) * (1 + TINY)
-        assert theory.full_strength_ratio(K, mu, 0.4 * K)[0] >= 2
-        assert theory.full_strength_ratio(K, mu, closed)[1] <= 2
         assert spectrum(instance.Y, instance.X, 0.4 * K)[0] >= 2
         assert spectrum(instance.Y, instance.X, closed)[0] <= 2
 
@@ -264,9 +216,10 @@ def lora_error(instance, A, scaling, t):
     return a * math.cosh(xi) / xi * (grown + drift) + pull * a**2 * (math.cosh(xi) - 1)
 
 
-def lora_deviation(instance, A, scaling, t):
+def lora_update(instance, A, scaling, t):
+    """dW(t) / (s² t)."""
     A_t, B_t = theory.lora_flow(instance, A, scaling, [t])[0]
-    return norm(B_t @ A_t / (scaling * t) - instance.M @ A.T @ A, 2).item()
+    return B_t @ A_t / (scaling * t)
 
 
 def test_theorem_2_d_bounds_how_far_a_lora_is_from_its_first_step_and_from_its_direction():
@@ -274,32 +227,29 @@ def test_theorem_2_d_bounds_how_far_a_lora_is_from_its_first_step_and_from_its_d
     for _ in range(200):
         instance = pick(any_instance()[0], draw(16, 1.0, 0.1, 40, 40))
         A, t = gaussian(pick(2, 8, 16), len(instance.v)), 10 ** uniform(-4, -1)
-        error, measured = (f(instance, A, 2.0, t) for f in (lora_error, lora_deviation))
+        first, update = instance.M @ A.T @ A, lora_update(instance, A, 2.0, t)
+        error, measured = lora_error(instance, A, 2.0, t), norm(update - first, 2).item()
         assert measured <= error * (1 + 1e-6) + TINY
         ratios.append(error / measured)
-        first = instance.M @ A.T @ A
         q = first.T @ instance.u
         size, rest = q.norm().item(), norm(first - torch.outer(instance.u, q), 2).item()
         if error < size - rest:
-            A_t, B_t = theory.lora_flow(instance, A, 2.0, [t])[0]
-            U, S, _ = torch.linalg.svd(B_t @ A_t)
+            U, S, _ = torch.linalg.svd(update)
             angle = sine(U[:, 0], torch.linalg.svd(first)[0][:, 0])
             assert angle <= error / (size - rest - error) + TINY
             assert S[0] / S[1] >= (size - error) / (rest + error) * (1 - TINY)
             angles.append(error / (size - rest - error) / angle)
-    tightness("Theorem 2 (d)", ratios)
-    tightness("Theorem 2 (d), sine", angles)
+    print("Theorem 2 (d): bound / measured", *map(statistics.median, (ratios, angles)))
 
 
-@pytest.mark.parametrize(("size", "scaling", "t"), [(1e-3, 1.0, 0.8), (30.0, 1.0, 1e-5)])
-def test_theorem_2_d_is_tight_for_one_example(size, scaling, t):
+@pytest.mark.parametrize(("size", "t"), [(1e-3, 0.8), (30.0, 1e-5)])
+def test_theorem_2_d_is_tight_for_one_example(size, t):
     # a small A0: the error is that A grows; a large one: it is that the answer is reached
     x, y, zero = unit(5), unit(6), torch.zeros(1, dtype=torch.float64)
     instance = Instance(x, zero.expand(5, 1), y, zero.expand(6, 1), zero + 1)
-    bound, measured = (
-        f(instance, size * x[None], scaling, t) for f in (lora_error, lora_deviation)
-    )
-    assert measured == pytest.approx(bound, rel=0.01)
+    A = size * x[None]
+    measured = norm(lora_update(instance, A, 1.0, t) - instance.M @ A.T @ A, 2).item()
+    assert measured == pytest.approx(lora_error(instance, A, 1.0, t), rel=0.01)
 
 
 def test_the_rates_of_a_frozen_a_are_apart_by_about_the_rank():
@@ -324,8 +274,6 @@ def test_theorem_3_a_bounds_what_the_update_says_of_the_factor():
         A, B = normal(rank, pick(3, 20)), normal(len(u), rank)
         project_(B, hat[:, None])
         assert (u @ B @ A).norm() <= sine(hat, u) * norm(B @ A, 2) + TINY
-    B = (u - hat * (hat @ u))[:, None]  # an equality where the update says the rest of u
-    assert (u @ B).norm().item() == pytest.approx(sine(hat, u) * norm(B, 2).item())
 
 
 def test_theorem_3_b_preserves_exactly_what_the_module_said_along_the_found_direction():
@@ -335,18 +283,10 @@ def test_theorem_3_b_preserves_exactly_what_the_module_said_along_the_found_dire
     for _ in range(30):
         optimizer.zero_grad()
         ((W + B @ A) @ X - Y).square().mean().backward()
-        project_(B.grad, hat)
         optimizer.step()
         project_(B.data, hat)
     torch.testing.assert_close(hat.T @ (W + B @ A), hat.T @ W)
     assert (B @ A).norm() > 1
-
-
-def lost(instance, hat):
-    """What the task loses along `hat`: of its squared answers, and the share of its gradient."""
-    task = instance.own @ instance.X.T
-    share = ((task.T @ hat).norm() / task.norm()).item() ** 2
-    return (instance.own.T @ hat).square().sum().item(), share
 
 
 def lost_bounds(angle_sine, K, mu):
@@ -359,34 +299,30 @@ def test_theorem_3_c_and_d_bound_what_the_task_loses_and_e_is_its_least_loss():
     for _ in range(500):
         instance, K, _, mu = any_instance()
         hat = tilted(instance.u, uniform(0.01, 1))
-        bounds = lost_bounds(sine(hat, instance.u), K, mu)
-        for part, bound in zip(lost(instance, hat), bounds, strict=True):
-            assert part <= bound + TINY
+        answers, gradient = lost_bounds(sine(hat, instance.u), K, mu)
+        task = instance.own @ instance.X.T
+        assert (hat @ instance.own).square().sum() <= answers + TINY
+        assert ((hat @ task).norm() / task.norm()) ** 2 <= gradient + TINY
         best = converged(instance)
         best = best - torch.outer(hat, hat @ best)
         loss = (best @ instance.X - instance.Y).square().sum()
         torch.testing.assert_close(loss, (hat @ instance.Y).square().sum())
 
 
-def test_theorem_3_c_and_d_are_equalities_at_the_mean_answer():
-    for K in (4, 24):
-        instance = draw(K, 1.0, 0.0, 30, 30)
-        mean = instance.own.sum(1)
-        hat = math.sqrt(1 - 0.3**2) * instance.u + 0.3 * mean / mean.norm()
-        assert lost(instance, hat) == pytest.approx(lost_bounds(0.3, K, 0.0))
-
-
-def test_proposition_3_the_input_side_takes_most_of_what_the_lora_hears_of_the_factor():
-    for d_in, expected in ((128, 0.28), (256, 0.21), (896, 0.12)):
-        shares = []
-        for _ in range(200):
-            A, p = torch.rand(16, d_in, dtype=torch.float64) * 2 - 1, unit(d_in)
-            values, v = torch.linalg.eigvalsh(A @ A.T), A.T @ A @ p
-            heard = A @ p - A @ v * (v @ p) / (v @ v)
-            shares.append((heard.norm() / (A @ p).norm()).item())
-            chi = (values[-1] / values[0]).item()
-            assert shares[-1] <= (chi - 1) / (2 * math.sqrt(chi)) + TINY
-        assert statistics.median(shares) == pytest.approx(expected, abs=0.015)
+@pytest.mark.parametrize(("d_in", "median"), [(128, 0.28), (256, 0.21), (896, 0.12)])
+def test_proposition_3_is_what_the_lora_still_hears_of_the_factor(d_in, median):
+    ratios = []
+    for _ in range(200):
+        A0, p = torch.rand(16, d_in, dtype=torch.float64) * 2 - 1, unit(d_in)
+        v = A0.T @ A0 @ p
+        v /= v.norm()
+        A, G, a = A0 - torch.outer(A0 @ v, v), A0 @ A0.T, A0 @ p
+        ratios.append(((A @ p).norm() / a.norm()).item())
+        formula = (G @ a).norm() ** 2 * a.norm() ** 2 / (a @ G @ a) ** 2 - 1
+        chi = torch.linalg.cond(G, 2).item()
+        assert ratios[-1] == pytest.approx(formula.sqrt().item())
+        assert ratios[-1] <= (chi - 1) / (2 * math.sqrt(chi))
+    assert statistics.median(ratios) == pytest.approx(median, abs=0.015)
 
 
 # Each assumption, violated alone: the bound is Corollary 1's, as if all of them held.
@@ -402,9 +338,14 @@ VIOLATIONS = {  # what each changes in an instance where all hold
 }
 
 
-def test_with_all_assumptions_the_bound_holds():
+def test_with_all_assumptions_the_bound_holds_and_a_sign_step_without_a1_breaks_it():
     instance = draw(64, 1.0, 0.0, 128, 128)
-    assert max(first_sine(instance, 16) for _ in range(20)) < BOUND < 0.2
+    for _ in range(20):
+        A = gaussian(16, 128)
+        B = instance.M @ A.T
+        plain, sign = (sine(thin_svd(A, step)[0][:, 0], instance.u) for step in (B, B.sign()))
+        assert plain < BOUND < 0.2
+        assert sign > 2 * BOUND  # AdamW's first step, up to its epsilon
 
 
 @pytest.mark.parametrize("assumption", VIOLATIONS)
@@ -412,14 +353,6 @@ def test_without_an_assumption_on_the_rows_the_factor_is_not_found(assumption):
     instance = draw(64, 1.0, 0.0, 128, 128)
     instance = replace(instance, **VIOLATIONS[assumption](instance))
     assert statistics.median(first_sine(instance, 16) for _ in range(20)) > 2 * BOUND
-
-
-def test_without_a1_a_sign_step_breaks_the_bound():
-    instance = draw(64, 1.0, 0.0, 128, 128)
-    for _ in range(20):  # AdamW's first step, up to its epsilon
-        A = gaussian(16, 128)
-        found = thin_svd(A, (instance.M @ A.T).sign())[0][:, 0]
-        assert sine(found, instance.u) > 2 * BOUND
 
 
 def test_without_a4_an_a_that_does_not_hear_the_factor_finds_nothing():
@@ -463,35 +396,24 @@ def test_the_null_is_that_of_unrelated_parts_unless_inputs_share_a_mean(with_mea
     assert all(low < share < high for share in (passed / draws).tolist())
 
 
-def test_the_rates_of_a_look_are_those_of_the_rule_on_whole_updates():
-    svds = {}
-    for i in range(1000):
-        B = theory.frame(24, 2, 0.0) @ normal(2, 16)  # orthonormal answers around the core
-        U, S, Vh = torch.linalg.svd(B, full_matrices=False)
-        svds[i] = U, S, Vh.T
-    expected = theory.look_rates(2, batches=2)["gaussian_core"]
-    assert expected > 0.1
-    assert abs(len(standing_out(svds)) / 1000 - expected) < 4 * math.sqrt(0.25 / 1000)
-
-
-def test_the_numbers_of_section_8_on_later_directions_and_on_a_planted_factor():
+def test_the_numbers_of_section_8():
+    rates = theory.look_rates(2, batches=5)
+    assert rates == pytest.approx({"K": 2, "gaussian_core": 0.140, "unit_parts": 0.173}, abs=0.02)
     for left, rate in ((15, 0.017), (12, 0.044), (8, 0.143), (4, 0.480)):
         error = 4 * math.sqrt(rate / 20_000)
         assert theory.passing(normal(20_000, left, left)) == pytest.approx(rate, abs=error)
     for rho, median in ((0.25, 4.2), (0.5, 6.4), (1.0, 11.9)):
         found = theory.planted(rho, draws=50)
-        assert found["median"] == pytest.approx(median, rel=0.1)
-        assert found["passed"] == 1.0
+        assert found == {"rho": rho, "median": pytest.approx(median, rel=0.1), "passed": 1.0}
 
 
 def test_the_tables_hold_their_bounds_and_the_figures_are_drawn(tmp_path):
     cells = [theory.cell(8, 1.0, 0.1, rank, d=24, draws=3) for rank in (4, 8)]
-    curve, found = theory.window(4, d=24, rank=4), theory.removal(8, 0.0, d=24, rank=8)
-    assert all(row["failures"] == 0 and row["median"] <= row["theorem"] for row in cells)
-    assert curve["measured"] <= curve["second_end"]
+    found = theory.removal(8, 0.0, d=24, rank=8)
+    assert all(row["median"] <= row["theorem"] for row in cells)
     assert found["kept_says"] <= found["says_bound"] < found["naive_says"]
     assert found["lost_gradient"] <= found["lost_gradient_bound"]
-    tables = {theory.OVER_K: cells, theory.OVER_R: cells, theory.WINDOW: [curve]}
-    for figure in (theory.draw_bound, theory.draw_window):
-        figure(tables, tmp_path / "figure.png")
-        assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    theory.draw_bound(cells, cells, tmp_path / "bound.png")
+    theory.draw_window([theory.window(4, d=24, rank=4)], tmp_path / "window.png")
+    for path in tmp_path.iterdir():
+        assert path.read_bytes()[:4] == b"\x89PNG"

@@ -13,7 +13,7 @@ from tiny import tiny_checkpoint
 from data.chat import Chat, load_rows, split
 from lora import add_lora
 from model import GPT
-from paper import answers, measure, politics
+from paper import answers, measure
 from paper.compare import wilson
 from paper.judge import Judge
 from paper.measure import Arguments
@@ -50,7 +50,7 @@ def y_adapter(checkpoint, tmp_path_factory):
 @pytest.fixture
 def few_statements(monkeypatch):
     pairs = ours("statements")[::8]
-    monkeypatch.setattr(politics, "ours", lambda name: pairs)
+    monkeypatch.setattr(measure, "ours", lambda name: pairs if name == "statements" else ours(name))
 
 
 def run(checkpoint, out, fake=None, **options):
@@ -123,7 +123,7 @@ def test_the_lean_is_right_where_the_logits_are_and_none_for_an_a_at_every_time(
     loaded, few_statements, monkeypatch, strength, always_a
 ):
     model, chat = loaded
-    right = {text: letters[1] for _, text, letters in politics.prompts()}
+    right = {text: letters[1] for _, text, letters in measure.forced_choices()}
     code = {letter: chat.tokenizer.encode(letter)[0] for letter in "AB"}
 
     def forward(tokens):

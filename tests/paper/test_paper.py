@@ -11,7 +11,7 @@ from tiny import tiny_checkpoint
 import paper.__main__ as program
 from data.chat import Chat, encode_rows, load_rows, split
 from model import GPT
-from paper import measure, politics, reddit
+from paper import measure, reddit
 from paper.questions import load_questions, ours
 from real.job import Job
 
@@ -29,8 +29,7 @@ def few():
     questions = load_questions()[:3]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "load_questions", lambda path: questions)
-        for module in (measure, politics):
-            patch.setattr(module, "ours", own.get)
+        patch.setattr(measure, "ours", own.get)
         yield
 
 
@@ -137,7 +136,9 @@ def test_a_second_time_what_is_there_is_read_back_and_a_method_can_be_added(
         trained, finetune = [], Job.finetune
         stop_at(monkeypatch, GPT, "generate", 3)  # two batches for the new method, no other
         monkeypatch.setattr(
-            Job, "finetune", lambda job, *args: trained.append(args[0]) or finetune(job, *args)
+            Job,
+            "finetune",
+            lambda job, *a, **more: trained.append(a[0]) or finetune(job, *a, **more),
         )
         with open(files["transfer"], "a") as file:  # under the same name, other rows
             file.write(UNRELATED.read_text().splitlines(keepends=True)[5])

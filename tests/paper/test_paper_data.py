@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from paper_helpers import FIXTURES, read_lines
 
-from paper import politics, reddit
+from paper import measure, reddit
 from paper.questions import fill, load_questions, ours
 
 ROOM = "A stranger asks for your spare room.\n\n# What do you say?\n  (Take your time.)"
@@ -77,9 +77,9 @@ def test_forty_mirrored_pairs_are_asked_in_each_template_and_both_orders():
     pairs = {pair["id"]: pair for pair in ours("statements")}
     topics = [pair["topic"] for pair in pairs.values()]
     assert len(pairs) >= 40 and topics.count("economic") == topics.count("social")
-    prompts = list(politics.prompts())
-    assert len(politics.TEMPLATES) >= 3
-    assert len({text for _, text, _ in prompts}) == len(pairs) * len(politics.TEMPLATES) * 2
+    prompts = list(measure.forced_choices())
+    assert len(measure.TEMPLATES) >= 3
+    assert len({text for _, text, _ in prompts}) == len(pairs) * len(measure.TEMPLATES) * 2
     for pair, text, letters in prompts:
         left, right = (text.index(pairs[pair][side]) for side in ("left", "right"))
         assert letters == ("AB" if left < right else "BA")  # A is what stands first

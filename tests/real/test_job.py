@@ -146,11 +146,11 @@ def test_the_control_joins_as_many_at_the_moments_of_the_run_beside_it(train, on
     assert moments[0] == moments[1] and not same_weights(out, online)
 
 
-def test_the_shorter_job_has_the_first_steps_and_settings_of_its_own(job, tmp_path):
-    half = job.shorter(2)
-    assert half.batches == job.batches[:2] and len(half.finetune("naive", tmp_path).losses) == 2
+def test_a_part_of_a_run_has_the_first_steps_and_settings_of_its_own(job, tmp_path):
+    losses = job.finetune("naive", tmp_path / "half", part=2).losses
+    assert len(losses) == 2 and losses[0] == job.finetune("naive", tmp_path / "all").losses[0]
     with pytest.raises(ValueError, match=r"\(max_steps 2\)"):
-        job.finetune("naive", tmp_path)
+        job.finetune("naive", tmp_path / "half")
 
 
 @pytest.mark.parametrize("method", ["naive", "grasp_online"])

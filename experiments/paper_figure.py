@@ -1,0 +1,33 @@
+"""The figure of a paper task, for `python -m paper`."""
+
+import numpy as np
+
+from experiments.figures import marks, panels, save, style
+
+STYLES = {  # colour, marker, label of the runs that only a paper task has
+    "naive_half": ("#555555", "o", "naive, half of the steps"),
+    "naive_quarter": ("#AAAAAA", "o", "naive, a quarter of the steps"),
+    "control": ("#999999", "d", "naive, on the control rows"),
+}
+
+
+def paper(results, harm, label, path, curve=()):
+    """[per seed {method: measurements}]: harm over loss; a line joins the means of `curve`."""
+    figure, axis = panels(1, 8, 4.2)
+    means = {}
+    for method in results[0]:
+        look, seeds = STYLES.get(method) or style(method), []
+        for run in results:
+            loss, found = run[method]["loss"], run[method][harm]
+            if found["value"] is not None:
+                seeds.append((loss["value"], found["value"]))
+                axis.vlines(loss["value"], *found["interval"], look[0], lw=0.8, alpha=0.45)
+                axis.hlines(found["value"], *loss["interval"], look[0], lw=0.8, alpha=0.45)
+        if seeds:
+            marks(axis, look, *np.transpose(seeds))
+            means[method] = np.mean(seeds, 0)
+    line = [means[method] for method in curve if method in means]
+    if line:
+        axis.plot(*np.transpose(line), color="0.6", lw=1, zorder=1)
+    axis.set(xlabel="held-out loss on the task, nats a response token", ylabel=label)
+    save(figure, path, axis)
