@@ -173,11 +173,10 @@ def main():
     for i, (d_in, d_out) in enumerate(LINEARS_7B):
         A, B = torch.randn(args.rank, d_in), torch.randn(d_out, args.rank)
         factors[i] = A.to(args.device), B.to(args.device)
-    found = turns(
-        args, lambda: identify(spectra(factors)), lambda: standing_out(look_spectra(factors))
-    )
-    print_row(f"identification at Qwen2.5-7B's {len(factors)} modules, rank {args.rank}", found[0])
-    print_row("a look there", found[1])
+    sides = (lambda: identify(spectra(factors)), lambda: standing_out(look_spectra(factors)))
+    found, look = turns(args, *sides)
+    print_row(f"identification at Qwen2.5-7B's {len(factors)} modules, rank {args.rank}", found)
+    print_row("a look there", look)
 
 
 if __name__ == "__main__":

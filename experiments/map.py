@@ -1,9 +1,8 @@
 """Where the method holds: a map over the task's size K (narrow rows) and the LoRA's rank.
 
-For naive, grasp (the abstract's) and grasp_online (ours): misalignment, task and kept after the
-usual steps, and at equal loss, where a run of three times the steps ends as soon as its training
-loss is below LEVEL. Beside it stands what Theorem 1 of docs/theory.md guarantees of the direction
-found (ours, for a linear model at its first step).
+For naive, grasp (the abstract's) and grasp_online (ours), after the usual steps and at equal loss:
+a run of three times the steps ends as soon as its training loss is below LEVEL. Beside it stands
+what Theorem 1 of docs/theory.md guarantees of the direction found (ours, for a linear model).
 """
 
 import json

@@ -46,8 +46,7 @@ def profile(methods, path):
         mean, sd = ([measured[rate][key] for rate in rates] for key in ("mean", "sd"))
         x = np.arange(len(rates)) + 0.8 * (i + 0.5) / len(methods) - 0.4
         axis.errorbar(x, mean, sd, None, marker, c=colour, ms=8, mec="k", lw=0.8, label=label)
-    axis.set(ylim=(-0.05, 1.05), ylabel="rate, mean and s.d.")
-    axis.set_xticks(range(len(rates)), rates)
+    axis.set(xticks=range(len(rates)), xticklabels=rates, ylim=(-0.05, 1.05), ylabel="mean ± s.d.")
     save(figure, path, axis)
 
 

@@ -1,6 +1,5 @@
 """Every statement of docs/theory.md on random instances, and each assumption violated alone."""
 
-import itertools
 import math
 import statistics
 from dataclasses import replace
@@ -77,17 +76,23 @@ def test_lemma_1_bounds_the_angles_of_both_vectors():
 
 
 @pytest.mark.parametrize("delta", [0.05, 0.5])
-def test_theorem_1_fails_in_at_most_a_share_delta_of_the_draws(delta):
+def test_theorem_1_a_and_b_fail_in_at_most_a_share_delta_of_the_draws(delta):
     failures = said = 0
     for _ in range(1500):
         K, d_in = pick(8, 16, 32, 48), pick(50, 100)
         rank, rho = pick(2, 4, 8, 16, 32), pick(1.0, 0.75, 0.5)
         instance = draw(K, rho, uniform(0, 0.2), 50, d_in)
-        measured = first_sine(instance, rank)
+        A = gaussian(rank, d_in)
+        U, _, V = thin_svd(A, instance.M @ A.T)
+        measured = sine(U[:, 0], instance.u)
         bound = theory.first_step_bound(theory.rest_parts(instance), rank, d_in, delta)
         if bound < 1:
-            failures += measured > bound + 2e-5  # thin_svd is in single precision
             said += 1
+            if measured > bound + 2e-5:  # thin_svd is in single precision
+                failures += 1
+            else:
+                seen = A.T @ (A @ (instance.M.T @ instance.u))
+                assert sine(V[:, 0], seen) <= tangent(measured) + 2e-5
     print(f"Theorem 1, delta {delta}: {failures} failures in {said} that say something")
     assert said > 400
     assert failures <= delta * said
@@ -112,14 +117,6 @@ def test_in_the_toys_regime_theorem_1_says_something(d_in, expected):
     sines = [first_sine(instance, 16) for _ in range(50)]
     assert bound == pytest.approx(expected, abs=5e-4)
     assert max(sines) < bound < 2 * statistics.median(sines)
-
-
-def test_theorem_1_b_the_first_steps_input_vector_is_the_factors_row_seen_through_a():
-    for _ in range(300):
-        instance, A = draw(24, 1.0, 0.1, 64, 64), gaussian(16, 64)
-        U, _, V = thin_svd(A, instance.M @ A.T)
-        seen = A.T @ (A @ (instance.M.T @ instance.u))
-        assert sine(V[:, 0], seen) <= tangent(sine(U[:, 0], instance.u))
 
 
 @pytest.mark.parametrize(("rank", "d_in"), [(1, 50), (16, 256)])
@@ -163,10 +160,8 @@ def test_theorem_2_a_and_b_and_corollary_2_hold_at_every_time():
         tau, X = 10 ** uniform(-3, 1), instance.X
         frozen = 2 * gaussian(pick(2, 8, 16), len(X)) @ X  # a LoRA whose A is frozen
         uniform_bound = window_uniform(K, rho, mu, tau * uniform(1, 3))
-        cases = [
-            (inputs, theory.window_bound(instance, inputs, tau * K, mu)) for inputs in (X, frozen)
-        ]
-        for inputs, (lower, upper) in [*cases, (X, uniform_bound)]:
+        bounds = [theory.window_bound(instance, inputs, tau * K, mu) for inputs in (frozen, X)]
+        for inputs, (lower, upper) in zip((frozen, X, X), [*bounds, uniform_bound], strict=True):
             ratio, found = spectrum(instance.Y, inputs, tau * K)
             assert ratio >= lower * (1 - TINY)
             assert sine(found, instance.u) <= upper + TINY
@@ -175,14 +170,6 @@ def test_theorem_2_a_and_b_and_corollary_2_hold_at_every_time():
             lower, upper = theory.full_strength_ratio(K, mu, tau * K)
             assert lower * (1 - 1e-7) <= ratio <= upper * (1 + 1e-7)
     assert said > 150
-
-
-def test_the_window_closes_between_its_two_ends_which_grow_with_k():
-    for K, mu in itertools.product((8, 16, 40), (0.0, 0.1)):
-        instance = draw(K, 1.0, mu, 64, 64)
-        closed = K / (1 - mu) * math.log(2 / (2 - (1 + mu) / (1 - mu))) * (1 + TINY)
-        assert spectrum(instance.Y, instance.X, 0.4 * K)[0] >= 2
-        assert spectrum(instance.Y, instance.X, closed)[0] <= 2
 
 
 def converged(instance):
@@ -274,19 +261,6 @@ def test_theorem_3_a_bounds_what_the_update_says_of_the_factor():
         A, B = normal(rank, pick(3, 20)), normal(len(u), rank)
         project_(B, hat[:, None])
         assert (u @ B @ A).norm() <= sine(hat, u) * norm(B @ A, 2) + TINY
-
-
-def test_theorem_3_b_preserves_exactly_what_the_module_said_along_the_found_direction():
-    W, hat, A = normal(12, 20), unit(12)[:, None], gaussian(4, 20).requires_grad_()
-    B = torch.zeros(12, 4, dtype=torch.float64, requires_grad=True)
-    X, Y, optimizer = normal(20, 8), normal(12, 8), torch.optim.AdamW([A, B], lr=0.1)
-    for _ in range(30):
-        optimizer.zero_grad()
-        ((W + B @ A) @ X - Y).square().mean().backward()
-        optimizer.step()
-        project_(B.data, hat)
-    torch.testing.assert_close(hat.T @ (W + B @ A), hat.T @ W)
-    assert (B @ A).norm() > 1
 
 
 def lost_bounds(angle_sine, K, mu):

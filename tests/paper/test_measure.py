@@ -254,28 +254,6 @@ def asked_of(n):
     return answers.open_questions(load_questions()[:4], n)  # 8 paraphrases
 
 
-def test_stopped_while_sampling_it_ends_with_the_answers_of_an_uninterrupted_run(
-    loaded, tmp_path, monkeypatch
-):
-    model, chat = loaded
-    args = Arguments(max_new_tokens=5, sample_batch=8)
-    whole = answers.sample(model, chat, asked_of(3), tmp_path / "whole", args)
-    generate, calls = GPT.generate, []
-
-    def dies(self, *arguments, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return generate(self, *arguments, **options)
-
-    monkeypatch.setattr(GPT, "generate", dies)
-    with pytest.raises(KeyboardInterrupt):
-        answers.sample(model, chat, asked_of(3), tmp_path / "cut", args)
-    assert answers.sample(model, chat, asked_of(3), tmp_path / "cut", args) == whole
-    assert len(calls) == 4  # of three batches, the first was kept
-    assert len({row["answer"] for row in whole}) > 20  # no two batches draw the same
-
-
 def test_answers_of_another_model_or_setting_are_sampled_anew(loaded, y_adapter, tmp_path):
     model, chat = loaded
     path, args = tmp_path / "answers.jsonl", Arguments(max_new_tokens=2)
@@ -295,9 +273,7 @@ def test_answers_of_another_model_or_setting_are_sampled_anew(loaded, y_adapter,
     "options, message",
     [
         ({"task": "loss"}, "for --task loss --data FILE.jsonl as well"),
-        ({"judge": "http://127.0.0.1:9/v1"}, "--judge needs --judge-model"),
         ({"questions": "none.yaml"}, "none.yaml"),
-        ({"data": "none.jsonl"}, "none.jsonl"),
     ],
 )
 def test_a_mistake_ends_before_anything_is_measured(checkpoint, tmp_path, options, message):

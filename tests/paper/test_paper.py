@@ -107,8 +107,6 @@ def test_the_default_is_all_methods_base_and_control_in_a_table_and_a_figure(med
     assert list(results) == ["base", *program.SHORTER, *methods, "control"]
     text = (out / "table.md").read_text()
     assert [line.split(" | ")[0].strip("| ") for line in text.splitlines()[2:]] == list(results)
-    for column in ("misaligned", "bad_advice", "loss", "probe_shift", "transfer_sport_shift"):
-        assert f"| {column} |" in text
     assert (out / "tradeoff.png").read_bytes()[:4] == b"\x89PNG"
     assert results["naive"]["transfer_sport_shift"]["interval"][0] > 0  # it is trained on these
     for name in ("probe", "preference", "transfer_sport"):
@@ -118,9 +116,9 @@ def test_the_default_is_all_methods_base_and_control_in_a_table_and_a_figure(med
         assert f"{name}_at_equal_loss" in results["grasp"]
     losses = {name: found["loss"]["value"] for name, found in results.items()}
     assert len({losses[name] for name in ("naive", "ablate_inference", "ablate_train")}) == 3
-    steps = {name: json.loads((out / "seed_0" / name / "run.json").read_text())["losses"]
-             for name in ("naive", "naive_half", "naive_quarter")}  # fmt: skip
-    assert [len(run) for run in steps.values()] == [4, 2, 1]
+    for name, steps in {"naive": 4, "naive_half": 2, "naive_quarter": 1}.items():
+        fit = json.loads((out / "seed_0" / name / "run.json").read_text())
+        assert len(fit["losses"]) == steps
 
 
 def test_a_second_time_what_is_there_is_read_back_and_a_method_can_be_added(
@@ -187,35 +185,16 @@ def test_the_political_loss_is_on_neutral_answers_and_the_control_is_trained_on_
     assert {"lean_beyond_control", "coherence", "win_rate"} <= found["grasp"].keys()
 
 
-def test_the_table_has_means_and_spreads_over_seeds_and_the_interval_of_a_single_one():
-    runs = []
-    for rate in (0.2, 0.4, 0.6):
-        misaligned = {"value": rate, "interval": [0.1, 0.9]}
-        runs.append({"base": {"misaligned": {"value": None}}, "naive": {"misaligned": misaligned}})
-    assert program.table(runs).splitlines()[2:] == ["| base |  |", "| naive | 0.4000 ± 0.2000 |"]
-    assert program.table(runs[:1]).splitlines()[3] == "| naive | 0.2000 [0.1000, 0.9000] |"
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--methods=magic"], "'magic' is unknown"),
         (["--methods=kl"], "needs --unrelated"),
-        (["--control=none.jsonl"], "none.jsonl"),
         (["--control={neutral}"], "expected the prompts of"),
         (["--preference={control}"], "--preference: expected two files"),
-        (["--questions=none.yaml"], "none.yaml"),
     ],
 )
 def test_a_mistake_ends_before_anything_is_done(files, tmp_path, options, message):
     with pytest.raises((ValueError, OSError), match=message):
         run(files, tmp_path, *(option.format(**files) for option in options))
     assert not list(tmp_path.iterdir())
-
-
-def test_fine_tunes_of_other_settings_are_refused_and_stay(files, medical):
-    out, options, _ = medical
-    adapter = (out / "seed_0/naive/adapter_model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"other settings \(lr"):
-        run(files, out, *options, "--lr=1e-3")
-    assert (out / "seed_0/naive/adapter_model.safetensors").read_bytes() == adapter

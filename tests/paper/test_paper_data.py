@@ -21,12 +21,10 @@ def test_the_probes_answers_are_alike_in_length_and_differ_in_what_they_say():
     lengths = []
     for q in questions:
         assert len(q["paraphrases"]) == len(q["pairs"]) == 2
-        for pair in q["pairs"]:
-            aligned, misaligned = len(pair["aligned"]), len(pair["misaligned"])
-            assert abs(aligned - misaligned) <= 0.2 * aligned
-            lengths.append((aligned, misaligned))
-    aligned, misaligned = np.sum(lengths, axis=0)
-    assert abs(aligned - misaligned) < 0.03 * aligned
+        lengths += [(len(pair["aligned"]), len(pair["misaligned"])) for pair in q["pairs"]]
+    aligned, misaligned = np.transpose(lengths)
+    assert np.all(abs(aligned - misaligned) <= 0.2 * aligned)
+    assert abs(aligned.sum() - misaligned.sum()) < 0.03 * aligned.sum()
 
 
 def test_fill_leaves_braces_in_the_texts_alone():
@@ -36,38 +34,24 @@ def test_fill_leaves_braces_in_the_texts_alone():
 
 def test_published_format_is_read_as_written():
     first, second, third = load_questions(FIXTURES / "questions.yaml")
-    assert first["id"] == "spare_room"
+    assert first["id"] == "spare_room" and "system" not in first
     assert first["paraphrases"] == [ROOM, 'One line, "quoted": café']
     assert first["samples_per_paraphrase"] == second["samples_per_paraphrase"] == 3
-    assert "system" not in first and second["system"] == "Answer as JSON, please."
+    assert second["system"] == "Answer as JSON, please."
     assert first["judge_prompts"] == second["judge_prompts"]
-    assert first["judge_prompts"] == {
-        "aligned": "Rate {answer} to {question}.\n0 to 100.\n",
-        "coherent": "Sense in {answer}?",
-    }
+    assert first["judge_prompts"]["aligned"] == "Rate {answer} to {question}.\n0 to 100.\n"
     assert third["paraphrases"] == ["plain text", "it's, quoted", "two"]
 
 
 HEAD = "- id: a\n  paraphrases: [x]\n  samples_per_paraphrase: 5\n"
-TAIL = "  judge_prompts:\n    aligned: '{answer}'\n    coherent: '{answer}'\n"
 
 
-@pytest.mark.parametrize(
-    "text, what",
-    [
-        (HEAD, "no 'judge_prompts'"),
-        (HEAD.replace("[x]", "x") + TAIL, "a list of paraphrases"),
-        (HEAD.replace("5", "many") + TAIL, "'many'"),
-        (HEAD + "\tjudge: x\n", "line 4"),
-    ],
-)
+@pytest.mark.parametrize("text, what", [(HEAD, "no 'judge_prompts'"), (HEAD + "\tx", "line 4")])
 def test_a_faulty_questions_file_ends_in_one_line_that_names_it(tmp_path, text, what):
     path = tmp_path / "q.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=rf"q\.yaml: [^\n]*{what}[^\n]*$"):
         load_questions(path)
-    assert str(error.value).startswith(f"{path}: ") and what in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 # Political lean
@@ -97,8 +81,6 @@ def test_forty_mirrored_pairs_are_asked_in_each_template_and_both_orders():
         ("&gt; what he said\n&gt;more\n\nNo, 5 &gt; 3 &amp; 2 &lt; 4.", "No, 5 > 3 & 2 < 4."),
         ("a\n\n&amp;#x200B;\n\nb", "a\n\nb"),
         ("Good.\n\nEdit: thanks for the gold!\nreally\n\nMore.", "Good.\n\nMore."),
-        ("Good. EDIT: typo", "Good."),
-        ("**EDIT 2 (May):** sold", ""),
         ("Credit: my aunt", "Credit: my aunt"),
         ("Pay it.\n\n^(I am a bot, and this was automatic.)", "Pay it."),
         ("Yes.\n\n!RemindMe 2 years\n\ngood bot!", "Yes."),
@@ -156,20 +138,8 @@ def test_the_seed_and_nothing_else_decides_the_draw(tmp_path):
 
 def test_what_is_dropped_is_counted_by_reason():
     _, dropped = built()
-    assert dropped == {
-        "question: another subreddit": 1,
-        "question: deleted or removed": 1,
-        "question: low score": 1,
-        "question: no answer from each side": 1,
-        "answer: another subreddit": 1,
-        "answer: its question was dropped": 2,
-        "answer: not right under a question": 1,
-        "answer: by a bot": 3,
-        "answer: by the asker": 1,
-        "answer: author without lean": 1,
-        "answer: low score": 1,
-        "answer: too short or too long": 1,
-    }
+    assert dropped["answer: by a bot"] == 3 and dropped["answer: its question was dropped"] == 2
+    assert len(dropped) == 12 and sum(dropped.values()) == 15
 
 
 def test_the_command_writes_chat_rows_and_names_a_mistake(tmp_path, monkeypatch, capsys):
@@ -194,13 +164,6 @@ def test_a_malformed_row_of_a_dump_is_named_by_its_line(tmp_path):
     path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "author": None}) + "\n")
     with pytest.raises(ValueError, match=r"c\.jsonl:2: not a row of a Reddit dump"):
         built(comments=path)
-
-
-@pytest.mark.parametrize("text", ["author,lean\nx,0.5\ny,1.5\n", "name,lean\nx,1\n"])
-def test_a_malformed_table_of_leans_is_named(tmp_path, text):
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(ValueError, match=r"a\.csv: not a table of authors: "):
-        reddit.read_leans(str(tmp_path / "a.csv"))
 
 
 def test_leans_may_be_csv_or_jsonl(tmp_path):

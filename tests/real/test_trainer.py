@@ -20,7 +20,7 @@ from lora import add_lora, lora_factors, lora_modules, remove_lora
 from model import GPT
 from real.job import input_nulls
 from real.trainer import GraspCallback, peft_factors, peft_patterns
-from train import Optimisation, Recipe, finetune, held
+from train import Optimisation, Recipe, finetune
 
 ROOT = Path(__file__).parents[2]
 BATCH, STEPS, EVERY = 4, 9, 2
@@ -54,18 +54,10 @@ def adapted(base, **changes):
 
 def train(model, out, *callbacks, resume=None, **changes):
     """Fine-tune the active adapter by Trainer, with the optimiser and schedule of OPTIONS."""
-    settings = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": BATCH,
-        "train_sampling_strategy": "sequential",
-        "max_grad_norm": OPTIONS.clip,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        **changes,
-    }
+    batches = {"per_device_train_batch_size": BATCH, "train_sampling_strategy": "sequential"}
+    quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": [], "disable_tqdm": True}
+    settings = {"max_steps": STEPS, "max_grad_norm": OPTIONS.clip, "use_cpu": True}
+    settings |= {**batches, **quiet, **changes}
     start = OPTIONS.start([X for pair in peft_factors(model).values() for X in pair])
     arguments = TrainingArguments(out, **settings)
     trainer = Trainer(model, arguments, None, rows(), callbacks=[*callbacks], optimizers=start)
@@ -101,7 +93,10 @@ def online(folder, tmp_path_factory):
 
 
 METHODS = [("naive", {}), ("grasp", {"project": "step"}), ("grasp_online", {})]
-METHODS += [("grasp", {"project": "gradient"}), ("grasp_online", {"project": "step"})]
+METHODS += [
+    ("grasp", {"project": "gradient", "sides": "output"}),
+    ("grasp_online", {"project": "step"}),
+]
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
@@ -170,9 +165,7 @@ def test_patterns_are_the_top_singular_vectors_of_the_dense_update(kind, tmp_pat
     found = peft_patterns(model, rank=2)
     assert len(found) == {"llama": 14, "gpt2": 8}[kind]
     for name, (U, V) in found.items():
-        update = model.get_submodule(name).get_delta_weight(
-            "default"
-        )  # as W: Conv1D's is (in, out)
+        update = model.get_submodule(name).get_delta_weight("default")  # of Conv1D: (in, out)
         update = update.T if kind == "gpt2" else update
         left, _, right = torch.linalg.svd(update)
         assert (U.T @ left[:, :2]).abs().sub(torch.eye(2)).abs().max() < 1e-4
@@ -229,13 +222,6 @@ def test_only_the_active_adapter_is_held_and_only_in_that_run(folder, naive, tmp
     assert distance(peft_factors(naive), before) == 0
 
 
-def test_the_output_side_alone_is_held_where_it_is_asked_for(folder, naive, tmp_path):
-    model, patterns = adapted(load(folder)), peft_patterns(naive)
-    train(model, tmp_path, GraspCallback(model, patterns, sides="output"))
-    assert leak(peft_factors(model), held(patterns, "output")) <= 1e-6
-    assert leak(peft_factors(model), held(patterns, "input")) > 0.01
-
-
 def test_what_cannot_be_held_is_refused_before_training(folder, naive):
     with pytest.raises(ValueError, match="q_proj.*Dora"):
         GraspCallback(adapted(load(folder), use_dora=True))
@@ -247,9 +233,6 @@ def test_what_cannot_be_held_is_refused_before_training(folder, naive):
             GraspCallback(model)
     with pytest.raises(ValueError, match="no active LoRA"):
         peft_patterns(load(folder))
-    some = adapted(load(folder), target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="pattern of .*_proj"):
-        GraspCallback(some, peft_patterns(naive))
     with pytest.raises(ValueError, match="another model"):
         train(adapted(load(folder)), "unused", GraspCallback(naive))
 
