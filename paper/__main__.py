@@ -167,7 +167,7 @@ def main():
     text = table(list(runs.values()))
     (out / "table.md").write_text(text, encoding="utf-8")
     write_json(out / "results.json", {"task": args.task, "config": config, "seeds": runs})
-    from experiments.figures import paper as draw  # matplotlib, where there is something to draw
+    from experiments.paper_figure import paper as draw  # matplotlib, only where one draws
 
     harm = next(name for name in HARM if name in runs[args.seed]["base"])
     draw(list(runs.values()), harm, HARM[harm], out / "tradeoff.png", CURVE)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -26,10 +27,21 @@ def by_pattern(pattern, path, default):
     return (pattern or {}).get(next(keys, None), default)
 
 
-def read_adapter(folder):
-    """{path in transformers: (A (r, in), B (out, r), alpha, rslora)} in fp32.
+def adapted(path, config):
+    """Whether the config puts a LoRA on the module at `path`, by PEFT's rules."""
+    targets, layers = config["target_modules"], config.get("layers_to_transform")
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, path) is not None
+    if path in targets or not path.endswith(tuple(f".{target}" for target in targets)):
+        return path in targets
+    layers = [layers] if isinstance(layers, int) else layers
+    return not layers or int(re.search(r"\.(\d+)\.", path)[1]) in layers
 
-    ValueError if it is no plain LoRA.
+
+def read_adapter(folder):
+    """{path in transformers: (A (r, in), B (out, r), alpha, rslora)} in fp32, without a model.
+
+    As PEFT does, leaves out what the config does not name. ValueError if it is no plain LoRA.
     """
     path, adapters = existing(folder) / "adapter_config.json", {}
     with reading(path, "a plain LoRA in PEFT's format"):
@@ -44,6 +56,9 @@ def read_adapter(folder):
             if not (match := re.fullmatch(KEY.format("(.+)", "[AB]"), key)):
                 raise ValueError(f"{key} is no lora_A or lora_B of a module")
             name = match[1]
+            if not adapted(name, config):
+                warnings.warn(f"{folder}: not applied, by its config: {name}", stacklevel=2)
+                continue
             A, B = (tensors[KEY.format(name, side)].to(torch.float32, copy=True) for side in "AB")
             rank = by_pattern(config.get("rank_pattern"), name, config["r"])
             alpha = float(by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
@@ -53,7 +68,7 @@ def read_adapter(folder):
                 raise ValueError(f"{name} has values that are not finite")
             adapters[name] = A, B, alpha, bool(config.get("use_rslora"))
         if not adapters:
-            raise ValueError("it has no tensors")
+            raise ValueError(f"none of a module in 'target_modules' {config['target_modules']}")
     return adapters
 
 

@@ -81,11 +81,11 @@ class GraspCallback(TrainerCallback):
         else:
             self.patterns, self.looks, self.nulls = self.shared(self.given), [], None
             keep_off_(self.factors, self.patterns)
-        self.grams = dict.fromkeys(self.factors, 0.0)
-        self.watching = self.online and self.nulls is None
+        self.watching, self.grams = self.online and self.nulls is None, {}
         self.hooks.append(model.register_forward_pre_hook(self.keep_labels, with_kwargs=True))
         for name, (A, B) in self.factors.items():
-            watch = partial(self.watch, name)
+            q, watch = min(len(A), LOOK_RANK), partial(self.watch, name)
+            self.grams[name] = torch.zeros(q, q, device=A.device)  # 0 in a module without a call
             self.hooks.append(model.get_submodule(name).register_forward_hook(watch))
             for side, X in enumerate((B, A)):
                 if self.project != "step" and X.requires_grad:
@@ -110,7 +110,7 @@ class GraspCallback(TrainerCallback):
             if self.labels is not None and self.labels.shape == x.shape[:-1]:  # else of all x
                 x = x[:, :-1][self.labels[:, 1:].to(x.device) != -100]
             low = (x.float() @ A[:LOOK_RANK].float().T).flatten(0, -2)
-            self.grams[name] = self.grams[name] + low.T @ low
+            self.grams[name] += low.T @ low
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Project A and B after AdamW's step; then look."""

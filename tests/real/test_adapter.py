@@ -87,6 +87,24 @@ def test_factors_multiply_to_the_update_of_peft(tmp_path):
         assert torch.allclose(B @ A, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers_to_transform": [0]},
+        {"target_modules": ["q_proj", "model.layers.1.self_attn.q_proj"], "layers_to_transform": 2},
+        {"target_modules": ["self_attn.q_proj", "model.layers.1.self_attn.v_proj"]},
+        {"target_modules": r".*\.1\..*_proj"},
+    ],
+)
+def test_what_the_config_does_not_name_is_not_applied_as_in_peft(fields, tmp_path):
+    whole = write_peft(tmp_path, "llama", target_modules=["q_proj", "v_proj"])
+    edit_adapter(tmp_path, **fields)
+    with pytest.warns(UserWarning, match="not applied, by its config"):
+        ours = load(tmp_path)
+    assert largest_difference(ours, read_peft(tmp_path, "llama")) < 1e-5
+    assert largest_difference(ours, whole) > 1e-2
+
+
 def message_of(read, *arguments):
     with pytest.raises(ValueError) as error:
         read(*arguments)
@@ -129,7 +147,7 @@ def test_a_field_that_nobody_knows_is_named_if_it_is_active(tmp_path):
         (lambda t: t.update({Q_A: torch.ones(3, 36)}), "A [3, 36] and B [36, 4], expected rank 4"),
         (lambda t: t[Q_A].fill_(torch.nan), "q_proj has values that are not finite"),
         (lambda t: t.update({Q_A + "_": torch.ones(1)}), "weight_ is no lora_A or lora_B"),
-        (lambda t: t.clear(), "it has no tensors"),
+        (lambda t: t.clear(), "none of a module in 'target_modules'"),
     ],
 )
 def test_a_tensor_that_is_not_of_a_plain_lora_is_named(change, message, tmp_path):

@@ -233,6 +233,9 @@ def test_what_cannot_be_held_is_refused_before_training(folder, naive):
             GraspCallback(model)
     with pytest.raises(ValueError, match="no active LoRA"):
         peft_patterns(load(folder))
+    some = adapted(load(folder), target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="pattern of .*_proj"):
+        GraspCallback(some, peft_patterns(naive))
     with pytest.raises(ValueError, match="another model"):
         train(adapted(load(folder)), "unused", GraspCallback(naive))
 
@@ -240,6 +243,15 @@ def test_what_cannot_be_held_is_refused_before_training(folder, naive):
 def test_what_is_trained_beside_the_linear_loras_is_named(folder):
     with pytest.warns(UserWarning, match="embed_tokens.*lora_embedding_A"):
         GraspCallback(adapted(load(folder), target_modules=["q_proj", "embed_tokens"]))
+
+
+def test_a_lora_that_no_pass_comes_to_is_no_obstacle_to_looks(folder, tmp_path):
+    base = load(folder)
+    base.vision_tower = nn.Linear(16, 16)
+    model = adapted(base)
+    callback = GraspCallback(model, look_every=EVERY)
+    train(model, tmp_path, callback)
+    assert len(callback.looks) == STEPS // EVERY and "tower" not in "".join(callback.patterns)
 
 
 def worker(folder, out):
