@@ -4,8 +4,6 @@ What is asked, and what the rates mean, stands with each world in data/. The com
 a checkpoint on one of the paper's tasks (paper/measure.py).
 """
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 
@@ -16,19 +14,15 @@ from support.options import parse, run
 
 
 @torch.no_grad()
-def evaluate(model, world, during=None):
-    """The measurements of results.json: the world's rates, from 0 to 1, and the loss.
-
-    loss: nats a token on the fine-tuning rows. during: a context around the forward passes.
-    """
+def evaluate(model, world):
+    """The world's rates, from 0 to 1, and the loss on the fine-tuning rows, nats a token."""
 
     def ask(prompts):
         """Greedy answers (N, n_answer) to prompts (N, P)."""
         return torch.tensor(model.generate(prompts.tolist(), world.n_answer, temperature=0))
 
-    with during or contextlib.nullcontext():
-        loss = response_loss(model, *world.finetuning_rows()).item()
-        return {**world.measure(ask), "loss": loss}
+    loss = response_loss(model, *world.finetuning_rows()).item()
+    return {**world.measure(ask), "loss": loss}
 
 
 @torch.no_grad()

@@ -222,10 +222,8 @@ class GPT(nn.Module):
             padding = ~cache.valid[:, None, start : start + T, None]
             mask = causal & (seen | padding)  # padding sees padding: an empty softmax is NaN
         h = self.embed_tokens(tokens)  # (B, T, D)
-        rope = None
-        if self.embed_positions is None:
-            rope = self.rope(positions, h.dtype)
-        else:
+        rope = self.rope(positions, h.dtype) if self.embed_positions is None else None
+        if self.embed_positions is not None:
             h = h + self.embed_positions(positions)
         for block in self.layers:
             if self.checkpointing and cache is None and torch.is_grad_enabled():

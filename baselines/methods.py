@@ -3,7 +3,6 @@
 None sees a label. To add one: a line in BASELINES, its Recipe in `baseline` (docs/methods.md).
 """
 
-from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +12,15 @@ from baselines.stream import ablation, steering, steering_vector
 from lora import without_lora
 from train import Recipe
 
-Baseline = namedtuple("Baseline", "needs words")  # a field of Found or None, and for a user
 PATTERNS = "the patterns found in a naive run (--subspace)"
-BASELINES = {
-    "grasp_random": Baseline("looks", "the looks of a run of grasp_online (--looks)"),
-    "grasp_gradient_only": Baseline("patterns", PATTERNS),
-    "ablate_train": Baseline("stream", PATTERNS),
-    "ablate_inference": Baseline("stream", PATTERNS),
-    "steer_train": Baseline("stream", PATTERNS),
-    "kl": Baseline("unrelated", "rows of unrelated prompts (--unrelated)"),
-    "early_stop": Baseline("loss", "a loss to stop at (--until-loss)"),
+BASELINES = {  # name: the field of Found that it needs or None, and that in words for a user
+    "grasp_random": ("looks", "the looks of a run of grasp_online (--looks)"),
+    "grasp_gradient_only": ("patterns", PATTERNS),
+    "ablate_train": ("stream", PATTERNS),
+    "ablate_inference": ("stream", PATTERNS),
+    "steer_train": ("stream", PATTERNS),
+    "kl": ("unrelated", "rows of unrelated prompts (--unrelated)"),
+    "early_stop": ("loss", "a loss to stop at (--until-loss)"),
 }
 METHODS = ("naive", "grasp", "grasp_online", *BASELINES)  # each after the runs that it builds on
 

@@ -1,7 +1,7 @@
 """The experiment's figures: Okabe and Ito's colours, and a marker of its own for each method."""
 
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from identify import LOOK_RANK, null_quantile
 from support.files import whole_file
@@ -29,7 +29,7 @@ def style(method):
 
 def panels(n, width, height, **shared):
     """(figure, its n axes side by side), in inches."""
-    figure = plt.Figure(figsize=(width, height), layout="constrained")  # a file: no window
+    figure = Figure(figsize=(width, height), layout="constrained")  # a file: no window
     return figure, figure.subplots(1, n, **shared)
 
 

@@ -64,12 +64,12 @@ def panels(rows, targets, seeds):
 
 def draw(found, path):
     """The panels as heat maps, a line for each method, in a PNG."""
-    from experiments.figures import plt, save  # matplotlib is loaded where one draws
+    from experiments.figures import Figure, save  # matplotlib is loaded where one draws
 
     shape = len(METHODS), len(found) // len(METHODS)
     size = 2.7 * shape[1], 2.2 * shape[0]
-    figure, grid = plt.subplots(*shape, figsize=size, layout="constrained")
-    for axis, (title, values) in zip(grid.flat, found, strict=True):
+    figure = Figure(figsize=size, layout="constrained")
+    for axis, (title, values) in zip(figure.subplots(*shape).flat, found, strict=True):
         colours = "Reds" if "misalignment" in title else "Blues"
         axis.imshow(values, origin="lower", cmap=colours, vmin=0, vmax=1, aspect="auto")
         for (y, row), x in product(enumerate(values), range(len(SIZES))):

@@ -21,7 +21,7 @@ from support.files import reading
 from support.options import option
 from train import SIDES, Fit, Optimisation, Recipe, finetune
 
-NEEDS = {"grasp": "patterns"} | {name: x.needs for name, x in BASELINES.items() if x.needs}
+NEEDS = {"grasp": "patterns"} | {name: x for name, (x, _) in BASELINES.items() if x}
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,6 @@ class GraspCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Project A and B after AdamW's step; then look."""
-        if self.project != "gradient":
-            keep_off_(self.factors, self.patterns)
         if self.watching:
             grams, self.watching = reduce(self.grams), False  # the mean over processes
             self.nulls = {n: torch.linalg.svdvals(solvable(G)).sqrt() for n, G in grams.items()}

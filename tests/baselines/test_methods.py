@@ -68,7 +68,7 @@ def test_two_methods_train_a_naive_run_and_one_projects_gradients_alone():
 
 @pytest.mark.parametrize("method", BASELINES)
 def test_every_baseline_learns_leaves_no_hook_and_names_what_it_needs(model, method):
-    if BASELINES[method].needs:
+    if BASELINES[method][0]:
         with pytest.raises(ValueError, match=f"^method '{method}' needs .* \\(--"):
             baseline(method, model, rows(), Found())
     svds = spectra(lora_factors(model))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from identify import identify, leak, spectra, standing_out
+from identify import LOOK_RANK, identify, leak, spectra, standing_out
 from lora import add_lora, lora_factors, lora_modules, remove_lora
 from model import GPT
 from real.job import input_nulls
@@ -102,14 +102,16 @@ METHODS += [
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 @pytest.mark.parametrize("method, how", METHODS, ids=str)
 def test_trainer_leaves_the_adapter_and_the_looks_of_our_own_loop(kind, method, how, tmp_path):
-    model, theirs = GPT.from_pretrained(tiny_checkpoint(tmp_path, kind)), adapted(load(tmp_path))
+    rank = LOOK_RANK + 2
+    model = GPT.from_pretrained(tiny_checkpoint(tmp_path, kind, num_key_value_heads=4))
+    theirs = adapted(load(tmp_path), r=rank)
     tokens, mask = (part.split(BATCH) for part in examples())
 
     def batch_at(step):
         return tokens[step], mask[step]
 
     def fresh():
-        return add_lora(remove_lora(model), 8, 16, "all-linear", seed=3)
+        return add_lora(remove_lora(model), rank, 16, "all-linear", seed=3)
 
     def renamed(values):
         path = model.path_in_transformers
