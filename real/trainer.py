@@ -80,7 +80,6 @@ class GraspCallback(TrainerCallback):
             self.patterns = self.shared(saved)  # A and B are projected already
         else:
             self.patterns, self.looks, self.nulls = self.shared(self.given), [], None
-            keep_off_(self.factors, self.patterns)
         self.watching, self.grams = self.online and self.nulls is None, {}
         self.hooks.append(model.register_forward_pre_hook(self.keep_labels, with_kwargs=True))
         for name, (A, B) in self.factors.items():
@@ -114,6 +113,8 @@ class GraspCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Project A and B after AdamW's step; then look."""
+        if self.project != "gradient":
+            keep_off_(self.factors, self.patterns)
         if self.watching:
             grams, self.watching = reduce(self.grams), False  # the mean over processes
             self.nulls = {n: torch.linalg.svdvals(solvable(G)).sqrt() for n, G in grams.items()}
