@@ -39,7 +39,7 @@ def spreads(value):
 
 
 def test_every_spread_in_the_readme_is_of_a_committed_result():
-    files = sorted(ROOT.glob("docs/results/*.json"))
+    files = sorted(ROOT.glob("docs/results/**/*.json"))
     measured = set().union(*(spreads(json.loads(path.read_text())) for path in files))
     written = re.findall(r"\.\d{3} ± \.\d{3}", README.replace("0.", "."))
     assert written and not [spread for spread in written if spread not in measured]
