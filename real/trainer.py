@@ -80,6 +80,7 @@ class GraspCallback(TrainerCallback):
             self.patterns = self.shared(saved)  # A and B are projected already
         else:
             self.patterns, self.looks, self.nulls = self.shared(self.given), [], None
+            keep_off_(self.factors, self.patterns)
         self.watching, self.grams = self.online and self.nulls is None, {}
         self.hooks.append(model.register_forward_pre_hook(self.keep_labels, with_kwargs=True))
         for name, (A, B) in self.factors.items():
