@@ -90,11 +90,6 @@ def test_a_summary_has_the_spread_over_seeds_and_each_seeds_own_difference(tmp_p
     assert out.with_suffix(".png").read_bytes()[:4] == PNG
 
 
-def test_a_folder_without_seeds_ends_in_one_line(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no seed_"):
-        call(monkeypatch, summary.main, tmp_path)
-
-
 def test_every_method_has_a_look_of_its_own_and_the_abstracts_and_ours_are_named():
     looks = [figures.style(method)[:2] for method in ("base", *METHODS)]
     assert len(set(looks)) == len(looks)
