@@ -93,10 +93,11 @@ def tune(setup, method, recipe, times=1, answering=contextlib.nullcontext):
             seconds_watching += time.monotonic() - paused
 
     began = time.monotonic()
-    each = watch if method in WATCHED and times == 1 else None
+    if method in WATCHED and times == 1:
+        recipe = replace(recipe, each=watch)
     label = method if times == 1 else f"{method}, {times}x the steps"
     options = Optimisation(steps=times * toy.steps, lr=toy.lr)
-    fit = finetune(setup.model, lambda step: setup.rows, options, recipe, each=each, label=label)
+    fit = finetune(setup.model, lambda step: setup.rows, options, recipe, label=label)
     seconds = time.monotonic() - began - seconds_watching
     with answering():
         measured = evaluate(setup.model, setup.world)

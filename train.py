@@ -49,6 +49,7 @@ class Recipe:
     look: Callable | None = None  # look(step, look_spectra) -> {module: (U, V)} that join there
     look_every: int = 10  # steps
     penalty: Callable | None = None  # penalty() -> a further term of the loss
+    each: Callable | None = None  # each(step), after every step and its projection
     during: contextlib.AbstractContextManager | None = None  # around the forward passes (hooks)
     stop_below: float | None = None  # end at this loss
 
@@ -102,12 +103,11 @@ def backward(model, tokens, mask, micro_batch):
     return loss
 
 
-def finetune(model, batch_at, options, recipe=None, checkpoint=None, each=None, label="fine-tune"):
+def finetune(model, batch_at, options, recipe=None, checkpoint=None, label="fine-tune"):
     """Train the model's LoRA; return the Fit.
 
-    batch_at(step) -> tokens (B, T), mask (B, T). options: an Optimisation. each(step) is called
-    after every step. checkpoint: real/checkpoint.py, to go on from an interrupted run bit for bit.
-    ValueError where the loss is not finite.
+    batch_at(step) -> tokens (B, T), mask (B, T). options: an Optimisation. checkpoint: to go on
+    from an interrupted run bit for bit (real/checkpoint.py). ValueError: the loss is not finite.
     """
     recipe = recipe or Recipe()
     factors = {name: (m.lora_A, m.lora_B) for name, m in lora_modules(model).items()}
@@ -146,6 +146,8 @@ def finetune(model, batch_at, options, recipe=None, checkpoint=None, each=None, 
                 fit.patterns = join(fit.patterns, held(found, recipe.sides))
                 keep_off_(factors, fit.patterns)
                 fit.looks.append(look_entry(step, svds, found))
+            if recipe.each is not None:
+                recipe.each(step)
 
             optimizer.zero_grad()
             schedule.step()
@@ -154,8 +156,6 @@ def finetune(model, batch_at, options, recipe=None, checkpoint=None, each=None, 
                 checkpoint.record(fit)
                 if (step + 1) % max(options.steps // 10, 1) == 0:  # ten times a run
                     checkpoint.save(fit, parameters, optimizer, schedule)
-            if each is not None:
-                each(step)
     return fit
 
 

@@ -84,9 +84,10 @@ def train(setup, recipe, steps, rate_A=1.0, label="fine-tune"):
             m.lora_A.copy_(earlier + rate_A * (m.lora_A - earlier))
             earlier.copy_(m.lora_A)
 
-    each = None if rate_A == 1 else slow_down
+    if rate_A != 1:
+        recipe = replace(recipe, each=slow_down)
     options = Optimisation(steps=steps, lr=setup.toy.lr)
-    return finetune(setup.model, lambda step: setup.rows, options, recipe, each=each, label=label)
+    return finetune(setup.model, lambda step: setup.rows, options, recipe, label=label)
 
 
 def naive_spectra(setup):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from lora import lora_modules
 from model import GPT, Config
-from train import Optimisation, finetune
+from train import Optimisation, Recipe, finetune
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("q_proj", "o_proj", "up_proj", "down_proj")
@@ -78,8 +79,9 @@ def top_patterns(svds, nulls=None):
 
 def fit(model, steps, recipe=None, batch_at=None, lr=1e-2, checkpoint=None, each=None, **options):
     """Train the model's LoRA on `rows()`; return the Fit."""
-    options = Optimisation(steps=steps, lr=lr, **options)
-    return finetune(model, batch_at or (lambda step: rows()), options, recipe, checkpoint, each)
+    options, recipe = Optimisation(steps=steps, lr=lr, **options), recipe or Recipe()
+    recipe = replace(recipe, each=each or recipe.each)
+    return finetune(model, batch_at or (lambda step: rows()), options, recipe, checkpoint)
 
 
 def write_rows(path, n=24):
