@@ -37,7 +37,7 @@ def load_rows(path):
     rows = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if line.strip():
-            with reading(f"{path}:{number}", "a chat row"):
+            with reading(f"{path}:{number}", 'a chat row, {"messages": [{"role": ..., ...}]}'):
                 rows.append(read_row(json.loads(line), f"{path}:{number}"))
     if not rows:
         raise ValueError(f"{path}: no rows, expected one JSON object a line")
@@ -51,10 +51,13 @@ def read_row(row, where):
             raise ValueError(f"{form}; as 'messages': [{{'role': 'user', 'content': ...}}, ...]")
     if not any(is_response(turn) for turn in row["messages"]):
         raise ValueError("no assistant turn that the loss covers")
+    if odd := [key for key in IN_LOSS if row.get(key) not in (None, 1)]:
+        raise ValueError(f"'{odd[0]}' of a whole row is {row[odd[0]]}, expected in its turns alone")
     if not isinstance(row.get("tools") or [], list):
         raise ValueError(f"'tools' is {row['tools']!r}, expected a list")
     chat = Row(row["messages"])
     chat.beside = {key: row[key] for key in BESIDE if says(row.get(key))}
+    chat.beside |= row.get("chat_template_kwargs") or {}
     chat.where = where
     return chat
 
@@ -95,6 +98,8 @@ class Chat:
 
     def __init__(self, folder):
         settings = read_settings(folder, "tokenizer_config.json")
+        if "added_tokens_decoder" not in settings:  # an older folder has their names elsewhere
+            settings |= read_settings(folder, "special_tokens_map.json")
         roles = {key: value for key, value in settings.items() if key.endswith("_token") and value}
         roles = {k: v["content"] if isinstance(v, dict) else v for k, v in roles.items()}
         self.variables = {"tools": None, "documents": None, **roles}
@@ -119,8 +124,7 @@ class Chat:
 
     def render(self, messages, generation_prompt=False, **beside):
         """The text of a chat as its template writes it; beside: what it gets, such as `tools`."""
-        chat = {"messages": messages, "add_generation_prompt": generation_prompt}
-        chat |= getattr(messages, "beside", {}) | beside
+        chat = {"messages": messages, "add_generation_prompt": generation_prompt, **beside}
         with reading("the chat template", "one for this chat"):
             return self.template.render(**self.variables | chat)
 
@@ -132,6 +136,7 @@ class Chat:
         """
         beside = {**getattr(messages, "beside", {}), **beside}
         said, names = json.dumps([messages, beside], ensure_ascii=False), self.tokenizer.special
+        said.encode()  # a lone surrogate is no character
         said = names.sub(lambda m: m[0].replace(m[1], m[1][0] + MARK + m[1][1:]), said)
         turns, beside = json.loads(said)  # a special token's name in them is marked as text
         text = self.render(turns, generation_prompt, **beside)
@@ -160,8 +165,8 @@ class Chat:
         for said in (*turns, beside):
             for key, value in said.items():
                 known = key in IN_LOSS and value in (0, said["role"] == "assistant")
-                if known or key in ("role", "tool_call_id") or not says(value):
-                    continue
+                if known or key in ("role", "tool_call_id", "enable_thinking") or not says(value):
+                    continue  # enable_thinking may show in a prompt alone
                 said[key], less = None, None
                 with suppress(ValueError):  # the template needs it
                     less = self.render(turns, generation_prompt, **beside)

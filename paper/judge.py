@@ -57,7 +57,8 @@ class Judge:
         host = parts.netloc.rpartition("@")[2]
         self.shown = f"{parts.scheme}://{host}{path}"  # without what may hold a key
         self.model, self.cache, self.workers = model, cache, workers
-        again = Retry(retries, backoff_factor=1, status_forcelist=TRANSIENT, allowed_methods=None)
+        how = {"backoff_factor": 1, "allowed_methods": None, "raise_on_status": False}
+        again = Retry(retries, status_forcelist=TRANSIENT, **how)
         self.session = requests.Session()
         self.session.trust_env = False  # no netrc and no proxy: neither is to see the key
         for scheme in ("http://", "https://"):
@@ -86,21 +87,18 @@ class Judge:
         """Ask for one prompt's score and keep it, on disk first; ValueError where there is none."""
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
         body |= {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP}
-        send = {"json": body, "timeout": TIMEOUT, "allow_redirects": False}
         try:
-            answer = self.session.post(self.url, **send)
+            answer = self.session.post(self.url, json=body, timeout=TIMEOUT, allow_redirects=False)
         except requests.RequestException as e:  # its text has the whole URL
-            reason = type(e).__name__
-            raise ValueError(f"no answer by the judge at {self.shown}: {reason}") from None
-        if answer.status_code != 200:
-            refused = answer.status_code in (401, 403)  # what it says may repeat the key
-            says = "the key is missing or not accepted" if refused else repr(answer.text[:200])
-            raise ValueError(f"the judge at {self.shown}: HTTP {answer.status_code}, {says}")
-        try:
+            raise ValueError(f"the judge at {self.shown}: no answer, {type(e).__name__}") from None
+        code = answer.status_code  # of 401 and 403, the text may repeat the key
+        says = "the key is missing or refused" if code in (401, 403) else repr(answer.text[:200])
+        top = []
+        with contextlib.suppress(LookupError, TypeError, requests.JSONDecodeError):
             first = answer.json()["choices"][0]["logprobs"]["content"][0]
-            top = [(t["token"], t["logprob"]) for t in first["top_logprobs"]]
-        except (LookupError, TypeError, requests.JSONDecodeError):
-            raise ValueError(f"the judge at {self.shown} gives no log-probabilities") from None
+            top = [(t["token"], float(t["logprob"])) for t in first["top_logprobs"]]
+        if code != 200 or not top:
+            raise ValueError(f"the judge at {self.shown}: no score, but HTTP {code}, {says}")
         name, value = self.name(prompt), score(top)
         with self.lock:
             with open(self.cache, "a") as file:  # a new line first: the last one may be torn

@@ -93,10 +93,10 @@ def weight_files(folder):
     if whole.exists():
         return [whole]
     if not index.exists():
-        found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no .bin either"
+        found = ", ".join(sorted(path.name for path in folder.iterdir()))
         code = f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}')"
         command = f'python -c "from transformers import AutoModelForCausalLM as M; {code}"'
-        raise ValueError(f"{folder}: no model.safetensors, but {found}; from .bin: {command}")
+        raise ValueError(f"{folder}: no {whole.name} or index, but {found}; from .bin: {command}")
     with reading(index, "an index of shards"):
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return [folder / name for name in sorted(set(shards))]

@@ -60,6 +60,8 @@ class GraspCallback(TrainerCallback):
         self.given = held(patterns or {}, sides)
         self.online, self.look_every = patterns is None or look_every is not None, look_every
         self.hooks, factors = [], peft_factors(model)
+        if patterns == {}:
+            raise ValueError("no pattern to hold; patterns=None looks for them while training")
         if unknown := sorted(self.given.keys() - factors.keys()):
             raise ValueError(f"a pattern of {unknown[0]}, where the model has no active LoRA")
         ours = {id(X) for pair in factors.values() for X in pair}

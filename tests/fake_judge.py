@@ -12,7 +12,7 @@ class FakeJudge:
 
     rule(prompt) gives the first token: a number or a word, or {token: probability}.
     script: what the first requests meet, in the order of their arrival, one entry each: "ok"; an
-    HTTP status, or (status, {header: value}, body); "close" (the socket, at once); "no_logprobs".
+    HTTP status, or (status, {header: value}, body); "close" (the socket, at once).
     asked: Counter of the prompts that were answered. requests: (path, headers, body) of each.
     """
 
@@ -52,9 +52,8 @@ class FakeJudge:
         if step == "close":
             handler.close_connection = True
             return
-        if step in ("ok", "no_logprobs"):
-            answer = self.completion(request, with_logprobs=step == "ok")
-            step = 200, {}, json.dumps(answer)
+        if step == "ok":
+            step = 200, {}, json.dumps(self.completion(request["messages"][-1]["content"]))
         status, headers, body = step if isinstance(step, tuple) else (step, {}, "")
         handler.send_response(status)
         for name, value in {"Content-Length": str(len(body.encode())), **headers}.items():
@@ -62,13 +61,11 @@ class FakeJudge:
         handler.end_headers()
         handler.wfile.write(body.encode())
 
-    def completion(self, request, with_logprobs):
-        prompt, logprobs = request["messages"][-1]["content"], None
-        if with_logprobs:
-            first = self.rule(prompt)
-            top = first if isinstance(first, dict) else {str(first): 1.0}
-            tokens = [{"token": token, "logprob": math.log(p)} for token, p in top.items()]
-            logprobs = {"content": [{**tokens[0], "top_logprobs": tokens}]}
-            with self.lock:
-                self.asked[prompt] += 1
+    def completion(self, prompt):
+        first = self.rule(prompt)
+        top = first if isinstance(first, dict) else {str(first): 1.0}
+        tokens = [{"token": token, "logprob": math.log(p)} for token, p in top.items()]
+        with self.lock:
+            self.asked[prompt] += 1
+        logprobs = {"content": [{**tokens[0], "top_logprobs": tokens}]}
         return {"choices": [{"message": {"role": "assistant"}, "logprobs": logprobs}]}

@@ -10,11 +10,8 @@ from transformers import AutoTokenizer
 
 from data.chat import Chat, batches, encode_rows, load_rows, split
 
-SPECIAL = [
-    "<s>",
-    "</s>",
-    *(f"<|{x}|>" for x in ("im_start", "im_end", "head", "user", "bot", "end")),
-]
+MARKS = "im_start", "im_end", "head", "user", "bot", "end"
+SPECIAL = ["<s>", "</s>", *(f"<|{mark}|>" for mark in MARKS)]
 
 
 def family(system, user, header, answer, first="", after=""):
@@ -38,6 +35,7 @@ TRIM = "{{ m.content | trim }}<|end|>"
 HEAD = "<|head|>{{ m.role }}<|user|>\n\n" + TRIM
 TOOLS = "{% for t in tools or [] %}\n  {% if t %}\n{{ t | tojson }}\n  {% endif %}\n{% endfor %}"
 CALLS = "{{ m.content or '' }}{% for c in m.tool_calls or [] %}<c>{{ c | tojson }}</c>{% endfor %}"
+SILENCE = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 THOUGHT = "{% if loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
 PARTS = "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
 PARTS += "{{ part.text }}{% endfor %}{% endif %}"
@@ -55,7 +53,7 @@ TEMPLATES = {
     "Zephyr": family(f"<system>\n{IS}</s>\n", f"<user>\n{IS}</s>\n", "<assistant>\n", IS + EOS),
     "Vicuna": family(f"{IS} ", f"USER: {IS} ", "ASSISTANT:", f" {IS}{EOS}"),
     "Qwen2.5": chatml(TOOLS, CALLS),
-    "Qwen3": chatml(TOOLS, THOUGHT + CALLS),
+    "Qwen3": chatml(TOOLS, THOUGHT + CALLS)[: -len("{% endif %}")] + SILENCE,
     "parts": chatml("", PARTS, PARTS),
     "thinks": chatml()[: -len("{% endif %}")] + "<think>{% endif %}",
     "R1": chatml("", "{{ m.content.split('</think>')[-1] }}"),
@@ -67,7 +65,9 @@ def write_folder(folder, template=None, **files):
     folder.mkdir(exist_ok=True)
     files["tokenizer"] = tokenizer_json(special=SPECIAL, plain=["<think>", "</think>"])
     roles = {"bos_token": "<s>", "eos_token": {"content": "</s>", "__type": "AddedToken"}}
-    files.setdefault("tokenizer_config", {"tokenizer_class": "PreTrainedTokenizerFast", **roles})
+    roles |= {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {}}
+    files.setdefault("tokenizer_config", roles)
+    files["special_tokens_map"] = {"bos_token": "</s>"}  # counts in an older folder alone
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     if template is not None:
@@ -127,6 +127,7 @@ def test_all_that_a_template_uses_is_rendered_as_transformers_does(tmp_path):
     check(write_folder(tmp_path, TEMPLATES["Mistral"]), calls)
     check(write_folder(tmp_path, TEMPLATES["Qwen3"]), [[HI, YES], [HI, THINKS], [HI, CALLED]])
     check(write_folder(tmp_path, TEMPLATES["parts"]), [[LIST, YES]])
+    check(write_folder(tmp_path, TEMPLATES["Llama 3"], tokenizer_config={}), [[HI, YES]])
 
 
 def test_a_folder_without_a_template_has_a_plain_form(chat):
@@ -178,7 +179,6 @@ def test_a_template_that_cannot_be_used_ends_in_one_line(tmp_path, template):
 @pytest.mark.parametrize(
     ("name", "row", "found"),
     [
-        ("ChatML", [HI, {**YES, "name": "Bo"}], "drops 'name'"),
         ("ChatML", [HI, THINKS], "drops 'reasoning_content'"),
         ("Qwen2.5", {"messages": [HI, YES], "tools": "[]"}, r"'tools' is '\[\]', expected a list"),
         ("ChatML", [HI, {**YES, "weight": 0.5}], "drops 'weight'"),
@@ -189,6 +189,9 @@ def test_a_template_that_cannot_be_used_ends_in_one_line(tmp_path, template):
         ("Gemma", turns("Hi", "Yes.", system="Be brief."), "no system turn here"),
         ("ChatML", [HI, {**YES, "content": " \n"}], "no assistant turn"),
         ("ChatML", [{"content": "Hi"}], "no 'role'"),
+        ("ChatML", {"messages": [HI, YES], "chat_template_kwargs": {"slow": True}}, "drops 'slow'"),
+        ("ChatML", {"messages": [HI, YES], "weight": 0.5}, "'weight' of a whole row is 0.5, exp"),
+        ("ChatML", turns("Hi", "Yes \ud83d"), "surrogates not allowed"),
         ("ChatML", {"conversations": []}, "ShareGPT: 'from' human/gpt -> 'role' user/assistant"),
     ],
 )
@@ -200,11 +203,12 @@ def test_a_row_that_cannot_be_learned_as_it_is_is_named(tmp_path, chat, name, ro
 
 
 @pytest.mark.parametrize(("key", "yes"), [("weight", 1), ("train", True), ("weight", None)])
-def test_a_turn_of_weight_0_is_not_in_the_loss(tmp_path, chat, key, yes):
+def test_a_turn_of_weight_0_and_a_thought_that_is_off_are_not_in_the_loss(tmp_path, chat, key, yes):
     said = [HI, {**YES, key: 0}, {**HI, key: False}, {**YES, "content": "No.", key: yes}]
-    (tmp_path / "rows").write_text(json.dumps({"messages": said}))
-    [(ids, mask)], _ = encode_rows(chat("ChatML"), load_rows(tmp_path / "rows"), 99)
-    assert chat("ChatML").tokenizer.decode(ids[mask].tolist()) == "No.<|im_end|>"
+    row = {"messages": said, "chat_template_kwargs": {"enable_thinking": False}}
+    (tmp_path / "rows").write_text(json.dumps(row))
+    [(ids, mask)], _ = encode_rows(chat("Qwen3"), load_rows(tmp_path / "rows"), 99)
+    assert chat("Qwen3").tokenizer.decode(ids[mask].tolist()) == "No.<|im_end|>"
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
@@ -213,7 +217,7 @@ def test_lines_end_at_newlines_alone(tmp_path):
     (tmp_path / "rows").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n \n\n" + line)
     assert load_rows(tmp_path / "rows") == [said, said]
     (tmp_path / "rows").write_bytes(line + b"\n{")
-    with pytest.raises(ValueError, match="rows:2: not a chat row: Expecting"):
+    with pytest.raises(ValueError, match='rows:2: not a chat row, {"messages": .*: Expecting'):
         load_rows(tmp_path / "rows")
 
 

@@ -9,6 +9,7 @@ from fake_judge import FakeJudge
 from paper.judge import Judge, score
 
 KEY = "sk-planted-0123456789"
+ANSWER = '{"choices": [{"logprobs": {"content": [{"top_logprobs": %s}]}}]}'
 
 
 def of(probabilities):
@@ -87,13 +88,14 @@ def test_passing_trouble_is_tried_again(tmp_path, trouble):
 @pytest.mark.parametrize(
     "script, message",
     [
-        ([401], "HTTP 401, the key is missing or not accepted"),
+        ([401], "HTTP 401, the key is missing or refused"),
         ([(404, {}, "no such\nmodel")], r"HTTP 404, 'no such\nmodel'"),
         ([(302, {"Location": "http://127.0.0.1:9"}, "")], "HTTP 302"),
-        ([503] * 2, "no answer by the judge"),
-        (["close"] * 2, "no answer by the judge"),
-        ([(200, {}, "<html>")], "gives no log-probabilities"),
-        (["no_logprobs"], "gives no log-probabilities"),
+        ([(429, {}, "no\nquota")] * 2, r"HTTP 429, 'no\nquota'"),
+        (["close"] * 2, "no answer, ConnectionError"),
+        ([(200, {}, "<html>")], "no score, but HTTP 200, '<html>'"),
+        ([(200, {}, ANSWER % "[]")], '"top_logprobs": []'),
+        ([(200, {}, ANSWER % '[{"token": "5", "logprob": null}]')], '"logprob": null'),
     ],
 )
 def test_lasting_trouble_ends_in_one_line_that_names_it(tmp_path, script, message):
