@@ -124,7 +124,8 @@ class Chat:
 
     def render(self, messages, generation_prompt=False, **beside):
         """The text of a chat as its template writes it; beside: what it gets, such as `tools`."""
-        chat = {"messages": messages, "add_generation_prompt": generation_prompt, **beside}
+        chat = {"messages": messages, "add_generation_prompt": generation_prompt}
+        chat |= getattr(messages, "beside", {}) | beside
         with reading("the chat template", "one for this chat"):
             return self.template.render(**self.variables | chat)
 
