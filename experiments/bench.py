@@ -149,7 +149,7 @@ def training(args, ours, theirs):
     for what, (steps, their_steps) in works.items():
         sides = partial(train_ours, ours, steps), partial(train_theirs, theirs, their_steps)
         print_row(f"{what}, beside PEFT", *turns(args, *sides))
-    grasp = Recipe(patterns=identify(spectra(lora_factors(ours))))
+    grasp = Recipe(patterns=identify(spectra(lora_factors(ours))), project="step")
     online = Recipe(look=lambda step, svds: standing_out(svds))
     sides = [partial(train_ours, ours, step * 10, recipe) for recipe in (None, grasp, online)]
     sides.append(lambda: standing_out(look_spectra(lora_factors(ours))))
