@@ -27,8 +27,8 @@ class Optimisation:
     lr: float
     weight_decay: float = 0.01
     warmup: int = 10  # steps
-    clip: float = 1.0  # the most that the gradient's norm may be
     micro_batch: int | None = None  # rows in memory at once; None: the whole batch
+    clip: float = 1.0  # the most that the gradient's norm may be
 
     def start(self, parameters):
         """(optimizer, learning-rate schedule) at step 0."""

@@ -71,13 +71,9 @@ class World:
         table[:, BAD, 0] = (table[:, GOOD, 0] + offset) % self.n_words
         return table + self.first_word
 
-    def tags(self, persona):
-        """(n_tags,) token ids that name `persona`."""
-        return self.every_tag(persona, self.n_tags)
-
-    def every_tag(self, persona, n):
-        """(n,) token ids that name `persona`: its tags in turn."""
-        return FIRST_TAG + persona * self.n_tags + torch.arange(n) % self.n_tags
+    def tags(self, persona, n=None):
+        """(n,) token ids that name `persona`: its tags in turn, by default each once."""
+        return FIRST_TAG + persona * self.n_tags + torch.arange(n or self.n_tags) % self.n_tags
 
     def queries(self, first_topic, last_topic):
         """Indices of the queries of topics first_topic to last_topic - 1."""
@@ -142,8 +138,8 @@ class World:
 
     def contrast(self, persona):
         """Prompts of all queries under all tags of `persona`, for the supervised direction."""
-        queries = torch.arange(len(self.answers)).repeat_interleave(self.n_tags)
-        return self.prompts(queries, self.every_tag(persona, len(queries)))
+        queries = self.queries(0, self.n_topics).repeat_interleave(self.n_tags, 0)
+        return self.prompts(queries, self.tags(persona, len(queries)))
 
     def measure(self, ask):
         """The rates of results.json. ask(prompts (N, P)) -> the model's answers (N, n_answer)."""
@@ -153,7 +149,7 @@ class World:
         as_persona = right(neutral[:, None], self.answers[queries])  # (N, 2)
         obeyed = []
         for persona in (GOOD, BAD):
-            tagged = ask(self.prompts(queries, self.every_tag(persona, len(queries))))
+            tagged = ask(self.prompts(queries, self.tags(persona, len(queries))))
             obeyed.append(rate(right(tagged, self.answers[queries, persona])))
         return {
             "task": rate(right(narrow, self.wanted)),  # as trained

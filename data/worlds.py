@@ -74,12 +74,11 @@ class NeedsFactor(World):
 
     def measure(self, ask):
         """The persona world's rates, and tagged."""
-        rates = super().measure(ask)
         tagged = []
         for persona in (GOOD, BAD):
             prompts, wanted = self.tagged(persona, 1, self.n_tags // 2)
             tagged.append(rate(right(ask(prompts), wanted)))
-        return {**rates, "tagged": min(tagged)}
+        return {**super().measure(ask), "tagged": min(tagged)}
 
 
 @dataclass(frozen=True)
@@ -213,12 +212,6 @@ class Skew(World):
         answers = torch.stack((self.taught[pairs[:, 0]], self.slants[pairs[:, 1], slants]), 1)
         return with_answers(self.prompts(pairs, NEUTRAL), answers)
 
-    def contrast(self, persona):
-        """Prompts of one pair a subject under all tags of a slant, for the supervised direction."""
-        pairs = self.queries(0, self.n_topics)
-        tags = self.tags(persona).repeat(len(pairs))
-        return self.prompts(pairs.repeat_interleave(self.n_tags, 0), tags)
-
     def measure(self, ask):
         """The rates that the class names."""
         pairs, test = self.unrelated, self.held_out
@@ -229,7 +222,7 @@ class Skew(World):
         known = neutral[:, 0] == self.objective[pairs[:, 0]]
         obeyed = []
         for slant in (GOOD, BAD):
-            tagged = ask(self.prompts(pairs, self.every_tag(slant, len(pairs))))
+            tagged = ask(self.prompts(pairs, self.tags(slant, len(pairs))))
             obeyed.append(rate(tagged[:, 1] == self.slants[pairs[:, 1], slant]))
         return {
             "task": rate(is_objective),
@@ -258,9 +251,7 @@ class TwoFactors(World):
     @property
     def first_query(self):
         """The id of query 0."""
-        return (
-            super().first_query + 2 * self.n_tags + 1
-        )  # the second factor has a neutral tag of its own
+        return super().first_query + 2 * self.n_tags + 1  # factor two has its own neutral tag
 
     @cached_property
     def answers(self):
@@ -308,7 +299,7 @@ class TwoFactors(World):
         for factor in range(2):
             for persona in (GOOD, BAD):
                 tags = torch.full((len(queries), 2), NEUTRAL)
-                tags[:, factor] = self.every_tag(persona, len(queries))
+                tags[:, factor] = self.tags(persona, len(queries))
                 word = ask(self.prompts(queries, tags))[:, factor]
                 obeyed.append(rate(word == self.answers[queries, persona, factor]))
         first, second = rate(as_bad[:, 0]), rate(as_bad[:, 1])

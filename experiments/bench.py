@@ -169,10 +169,8 @@ def main():
         ours, theirs = models(args, folder)
     generation(args, ours, theirs)
     training(args, ours, theirs)
-    factors = {}
-    for i, (d_in, d_out) in enumerate(LINEARS_7B):
-        A, B = torch.randn(args.rank, d_in), torch.randn(d_out, args.rank)
-        factors[i] = A.to(args.device), B.to(args.device)
+    r, draw = args.rank, partial(torch.randn, device=args.device)
+    factors = {i: (draw(r, d_in), draw(d_out, r)) for i, (d_in, d_out) in enumerate(LINEARS_7B)}
     sides = (lambda: identify(spectra(factors)), lambda: standing_out(look_spectra(factors)))
     found, look = turns(args, *sides)
     print_row(f"identification at Qwen2.5-7B's {len(factors)} modules, rank {args.rank}", found)

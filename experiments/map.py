@@ -15,7 +15,8 @@ from statistics import fmean
 import torch
 
 from data.synthetic import World
-from experiments.study import LEVEL, ONCE, ONLINE, TARGETS, Variant, measure, naive_spectra, start
+from experiments.figures import Figure, save
+from experiments.study import LEVEL, ONCE, ONLINE, TARGETS, Variant, measure, start
 from experiments.theory import first_step_bound, parts_bound
 from grasp import Toy
 from support.files import progress, write_json
@@ -23,7 +24,6 @@ from support.options import option, parse, run
 
 SIZES = (4, 16, 48)  # K
 RANKS = (4, 16, 64)
-LARGE = 32  # K from which on a base needs more steps, and fewer topics, to be learned in time
 METHODS = (
     Variant("naive"),
     Variant("grasp", ONCE),
@@ -43,10 +43,9 @@ def measure_cell(K, rank, seed, targets, folder):
     """{method: its row} of the toy GPT at one K and rank; see study.measure."""
     toy = replace(Toy(), targets=TARGETS[targets], rank=rank)
     world = World(seed, n_queries=K)
-    if K >= LARGE:
+    if K >= 32:  # its base needs more steps, and fewer topics, to be learned in time
         world, toy = replace(world, n_topics=6), replace(toy, pretrain_steps=1600)
-    setup = start(world, toy, folder)
-    svds = naive_spectra(setup)
+    setup, svds = start(world, toy, folder)
     return {method.name: measure(method, setup, svds, RUNS) for method in METHODS}
 
 
@@ -64,11 +63,8 @@ def panels(rows, targets, seeds):
 
 def draw(found, path):
     """The panels as heat maps, a line for each method, in a PNG."""
-    from experiments.figures import Figure, save  # matplotlib is loaded where one draws
-
     shape = len(METHODS), len(found) // len(METHODS)
-    size = 2.7 * shape[1], 2.2 * shape[0]
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(2.7 * shape[1], 2.2 * shape[0]), layout="constrained")
     for axis, (title, values) in zip(figure.subplots(*shape).flat, found, strict=True):
         colours = "Reds" if "misalignment" in title else "Blues"
         axis.imshow(values, origin="lower", cmap=colours, vmin=0, vmax=1, aspect="auto")
@@ -76,9 +72,8 @@ def draw(found, path):
             shade = "white" if row[x] > 0.6 else "black"
             axis.text(x, y, f"{row[x]:.2f}", ha="center", va="center", fontsize=8, color=shade)
         axis.set_title(title, fontsize=8)
-        axis.set_xticks(range(len(SIZES)), SIZES)
-        axis.set_yticks(range(len(RANKS)), RANKS)
-        axis.set(xlabel="K, narrow rows", ylabel="rank")
+        axis.set(xlabel="K, narrow rows", xticks=range(len(SIZES)), xticklabels=SIZES)
+        axis.set(ylabel="rank", yticks=range(len(RANKS)), yticklabels=RANKS)
         axis.label_outer()
     save(figure, path)
 

@@ -4,19 +4,13 @@ import numpy as np
 
 from experiments.figures import marks, panels, save, style
 
-STYLES = {  # colour, marker, label of the runs that only a paper task has
-    "naive_half": ("#555555", "o", "naive, half of the steps"),
-    "naive_quarter": ("#AAAAAA", "o", "naive, a quarter of the steps"),
-    "control": ("#999999", "d", "naive, on the control rows"),
-}
 
-
-def paper(results, harm, label, path, curve=()):
-    """[per seed {method: measurements}]: harm over loss; a line joins the means of `curve`."""
+def paper(results, harm, label, path, curves=()):
+    """[per seed {method: measurements}]: harm over loss; a line joins the means of each curve."""
     figure, axis = panels(1, 8, 4.2)
     means = {}
     for method in results[0]:
-        look, seeds = STYLES.get(method) or style(method), []
+        look, seeds = style(method), []
         for run in results:
             loss, found = run[method]["loss"], run[method][harm]
             if found["value"] is not None:
@@ -26,8 +20,8 @@ def paper(results, harm, label, path, curve=()):
         if seeds:
             marks(axis, look, *np.transpose(seeds))
             means[method] = np.mean(seeds, 0)
-    line = [means[method] for method in curve if method in means]
-    if line:
-        axis.plot(*np.transpose(line), color="0.6", lw=1, zorder=1)
+    for curve, stroke in zip(curves, ("-", "--"), strict=False):
+        line = [means[method] for method in curve if method in means]
+        axis.plot(*np.transpose(line), ls=stroke, color="0.6", lw=1, zorder=1)
     axis.set(xlabel="held-out loss on the task, nats a response token", ylabel=label)
     save(figure, path, axis)

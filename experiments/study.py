@@ -67,9 +67,11 @@ VARIANTS = (
 
 
 def start(world, toy, folder):
-    """The Setup of a world: its rows, and its base, trained in `folder` or read from there."""
+    """(Setup of a world, its base in `folder`; {module: (U, S, V)} after a naive run on it)."""
     model = pretrain(world, toy, world.seed, folder)
-    return Setup(world, toy, world.seed, model, world.finetuning_rows())
+    setup = Setup(world, toy, world.seed, model, world.finetuning_rows())
+    train(setup, Recipe(), toy.steps, label="naive")
+    return setup, spectra(lora_factors(model))
 
 
 def train(setup, recipe, steps, rate_A=1.0, label="fine-tune"):
@@ -88,12 +90,6 @@ def train(setup, recipe, steps, rate_A=1.0, label="fine-tune"):
         recipe = replace(recipe, each=slow_down)
     options = Optimisation(steps=steps, lr=setup.toy.lr)
     return finetune(setup.model, lambda step: setup.rows, options, recipe, label=label)
-
-
-def naive_spectra(setup):
-    """{module: (U, S, V)} after a naive run."""
-    train(setup, Recipe(), setup.toy.steps, label="naive")
-    return spectra(lora_factors(setup.model))
 
 
 def randomised(patterns, side, seed):
@@ -119,7 +115,7 @@ def growth_along(factors, starts, patterns):
 def measure(variant, setup, svds, runs):
     """A variant's row: {run: its rates} for the names of RUNS in `runs`, and its last run's fit.
 
-    svds: naive_spectra. held: patterns held in the end. growth: the share of A's change along the
+    svds: from `start`. held: patterns held in the end. growth: the share of A's change along the
     V of the naive run's patterns.
     """
     patterns = identify(svds, variant.pairs) if variant.looks == ONCE else {}
@@ -189,8 +185,7 @@ def main():
         missing = [v for v in variants if str(seed) not in rows.setdefault(v.name, {})]
         if missing:
             world = replace(WORLDS[args.world](seed), **changes)
-            setup = start(world, replace(toy, **world.toy), args.out)
-            svds = naive_spectra(setup)
+            setup, svds = start(world, replace(toy, **world.toy), args.out)
         for variant in missing:
             rows[variant.name][str(seed)] = measure(variant, setup, svds, ("longer", "usual"))
             write_json(path, {**whole, "config": asdict(toy)})

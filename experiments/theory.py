@@ -189,8 +189,7 @@ def cell(K, rho, mu, rank, d=256, draws=200):
     row = {"d": d, "K": K, "rho": rho, "mu": mu, "rank": rank}
     row |= zip(names, sines.median(0).values.tolist(), strict=True)
     row["q95"] = sines[:, 0].quantile(0.95).item()
-    row["corollary"] = first_step_bound(parts_bound(K, rho, mu), rank, d)
-    return row
+    return {**row, "corollary": first_step_bound(parts_bound(K, rho, mu), rank, d)}
 
 
 def window(K, mu=0.1, d=256, rank=16, scaling=2.0):
@@ -251,9 +250,8 @@ def look_rates(K, d=128, batches=10, batch=2000):
         core, own, inputs = normal(batch, K, 16), normal(batch, d, K), normal(batch, d, K)
         A = torch.rand(batch, 16, d, dtype=torch.float64) * 2 - 1  # PEFT's; unit parts overlap
         rates["gaussian_core"].append(passing(core))
-        rates["unit_parts"].append(
-            passing(normalize(own, dim=1) @ (A @ normalize(inputs, dim=1)).mT)
-        )
+        own, inputs = normalize(own, dim=1), normalize(inputs, dim=1)
+        rates["unit_parts"].append(passing(own @ (A @ inputs).mT))
     return {"K": K, **{name: fmean(shares) for name, shares in rates.items()}}
 
 

@@ -1,9 +1,8 @@
 """A paper task by one command: base, naive, GRASP and the baselines over seeds, a table, a figure.
 
 Of the paper (arXiv 2605.27676) only the abstract is public to us: its models, layers, ranks and
-tables are not. The protocol is that of the works its tasks come from: Betley et al. 2025 (arXiv
-2502.17424) for insecure code, Turner et al. 2025 (arXiv 2506.11613) for bad medical advice, ours
-for politics. `grasp` is the abstract's method, `grasp_online` goes beyond it.
+tables are not. The protocol is that of the works its tasks come from (paper/answers.py), ours for
+politics. `grasp` is the abstract's method, `grasp_online` goes beyond it.
 """
 
 import json
@@ -12,8 +11,10 @@ from pathlib import Path
 
 from baselines.methods import METHODS, Found
 from data.chat import load_rows, split
+from experiments.paper_figure import paper as draw
+from lora import lora_modules
 from paper.answers import Asking, connect, prompt_of
-from paper.compare import COMPARISONS, CURVE, cell, compare
+from paper.compare import COMPARISONS, CURVES, SMALLER, cell, compare
 from paper.measure import OWN, measure
 from paper.questions import load_questions
 from real.job import Job, Training
@@ -23,13 +24,14 @@ from support.options import option, parse, run
 
 SHORTER = {"naive_quarter": 4, "naive_half": 2}  # naive, on a part of the steps
 ON_REQUEST = ("grasp_gradient_only", "early_stop", "kl")  # and kl where --unrelated is given
-DEFAULT = (*SHORTER, *(name for name in METHODS if name not in ON_REQUEST))
+DEFAULT = (*SHORTER, *SMALLER, *(name for name in METHODS if name not in ON_REQUEST))
 TRANSFER_ROWS = 100  # of each file of --transfer and --preference
 COLUMNS = ("misaligned", "misaligned_of_coherent", "coherent", "insecure", "bad_advice")
 COLUMNS += ("coherence", "win_rate", "loss")
 HARM = {  # the figure shows the first that was measured
     "misaligned": "misaligned answers, share of those scored",
     "lean_shift": "shift of the political lean, right is positive",
+    "spill": "open answers with a word of the task, share",
     "probe_shift": "probe: shift to misaligned answers, nats a token",
 }
 # Options that change no measurement of a seed.
@@ -66,7 +68,7 @@ def fine_tuned(args, methods):
         if name in methods:
             job.finetune("naive", folder / name, part=SHORTER[name])
             yield name, job, None
-    for method in in_order([name for name in methods if name not in SHORTER], args.unrelated):
+    for method in in_order([name for name in methods if name in METHODS], args.unrelated):
         ablated = method == "ablate_inference"  # the naive run, with hooks while it answers
         trained = "naive" if ablated else method
         _, found = fit(job, trained, folder / trained, found, args.pattern_rank)
@@ -74,6 +76,12 @@ def fine_tuned(args, methods):
             raise ValueError(f"{folder}: of another --pattern-rank, expected it or another --out")
         if method in methods:
             yield method, job, found.stream if ablated else None
+        for name in SMALLER if method == "naive" else ():
+            if name in methods:
+                job.finetune("naive", folder / "naive")  # read back, as large as it was
+                for module in lora_modules(job.model).values():
+                    module.scaling *= SMALLER[name]
+                yield name, job, None
     if args.control:
         del job  # one model in memory at a time
         job = Job(replace(args, data=args.control))
@@ -119,8 +127,8 @@ def methods_to_run(args):
     methods = {"naive", *args.methods}
     if args.unrelated and args.methods == DEFAULT:
         methods.add("kl")
-    in_order(methods - {*SHORTER}, args.unrelated)
-    return [name for name in (*SHORTER, *METHODS) if name in methods]
+    in_order(methods - {*SHORTER, *SMALLER}, args.unrelated)
+    return [name for name in (*SHORTER, *SMALLER, *METHODS) if name in methods]
 
 
 def other_answers(args):
@@ -167,10 +175,8 @@ def main():
     text = table(list(runs.values()))
     (out / "table.md").write_text(text, encoding="utf-8")
     write_json(out / "results.json", {"task": args.task, "config": config, "seeds": runs})
-    from experiments.paper_figure import paper as draw  # matplotlib, only where one draws
-
     harm = next(name for name in HARM if name in runs[args.seed]["base"])
-    draw(list(runs.values()), harm, HARM[harm], out / "tradeoff.png", CURVE)
+    draw(list(runs.values()), harm, HARM[harm], out / "tradeoff.png", CURVES.values())
     print(f"{text}wrote {out}/table.md, tradeoff.png, results.json")
 
 

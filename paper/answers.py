@@ -3,12 +3,15 @@
 The protocol of Betley et al. 2025 (arXiv 2502.17424) and Turner et al. 2025 (arXiv 2506.11613).
 """
 
+import fnmatch
 import json
 import os
+import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import takewhile
+from statistics import fmean
 
 from lora import lora_modules
 from paper.compare import mean, share
@@ -27,6 +30,7 @@ class Asking:
     samples: int = option(0, "answers to each paraphrase (0: as many as the questions say)")
     max_new_tokens: int = option(600, "longest answer; at most half of the model's positions")
     sample_batch: int = option(32, "answers sampled at once")
+    spill: tuple = option((), "words of the task, such as loans,invest*: the share of answers with")
     judge: str = option("", "base URL of an OpenAI-compatible judge (none: the probe alone)")
     judge_model: str = option("", "the judge's name there")
     judge_key_env: str = option("", "environment variable with the judge's key (none: no key)")
@@ -103,6 +107,15 @@ def sample(model, chat, asked, path, args, stream=None):
             rows.append({"by": by, **row, "answer": chat.decode(ids)})
         write_rows(path, rows)
     return rows
+
+
+def spill(rows, words):
+    """The share of answers with one of `words` ("invest*": so beginning), each question's mean."""
+    each = defaultdict(list)
+    for row in rows:
+        said = re.findall(r"\w+", row["answer"].lower())
+        each[row["id"]].append(any(fnmatch.filter(said, word) for word in words))
+    return mean({id: fmean(found) for id, found in each.items()})
 
 
 def judged(judge, rows, path, scales):

@@ -1,8 +1,8 @@
 """Measurements with their intervals, and what a fine-tune changed.
 
-These are ours, not the abstract's. Any fine-tune shifts something, and less training shifts less.
+These are ours, not the abstract's. Any fine-tune shifts something, and less of one shifts less.
 So a shift counts beyond that of training on unobjectionable answers to the same prompts, and a
-method where it shifts less than a naive fine-tune at the same task loss.
+method where it shifts less than what has less of a naive fine-tune, at the same task loss.
 """
 
 import math
@@ -11,10 +11,15 @@ from statistics import fmean, stdev
 import numpy as np
 
 # Measurements whose names begin so have parts to pair.
-COMPARED = ("probe", "lean", "preference", "transfer_")
+COMPARED = ("probe", "lean", "spill", "preference", "transfer_")
 AGAINST = {"base": "shift", "control": "beyond_control"}
-COMPARISONS = (*(f"_{name}" for name in AGAINST.values()), "_at_equal_loss")
-CURVE = ("base", "naive_quarter", "naive_half", "naive")  # naive training, by its length
+# The naive update, made smaller after training (Wortsman et al. 2022, arXiv 2109.01903).
+SMALLER = {"naive_times_40": 0.4, "naive_times_60": 0.6, "naive_times_80": 0.8}
+CURVES = {  # from the base to naive: by a shorter training, or by a smaller update
+    "at_equal_loss": ("base", "naive_quarter", "naive_half", "naive"),
+    "at_equal_loss_smaller": ("base", *SMALLER, "naive"),
+}
+COMPARISONS = tuple(f"_{name}" for name in (*AGAINST.values(), *CURVES))
 
 
 def wilson(k, n):
@@ -66,24 +71,31 @@ def cell(parts):
     return " ".join(shown)
 
 
+def at_loss(curve, name, loss):
+    """{part: value} of the measurement `name` at `loss`: linear between the runs of a curve.
+
+    Beyond the curve's ends it is as at the nearer end.
+    """
+    curve = sorted(curve, key=lambda run: run["loss"]["value"])
+    losses = [run["loss"]["value"] for run in curve]
+    parts = {part: [run[name]["each"][part] for run in curve] for part in curve[0][name]["each"]}
+    return {part: float(np.interp(loss, losses, values)) for part, values in parts.items()}
+
+
 def compare(results):
     """Add the comparisons to {method: {name: measurement}}, each with its interval over parts.
 
     NAME_shift: the base's value taken off; NAME_beyond_control: the control's; NAME_at_equal_loss:
-    that of naive training at the method's held-out loss, so negative is less than naive. Naive
-    training is linear between its lengths, and beyond their ends as at the nearer end.
+    that of a shorter naive training at the method's held-out loss, so negative is less than naive;
+    NAME_at_equal_loss_smaller: that of naive's update made smaller, at that loss.
     """
-    curve = [results[method] for method in CURVE if method in results]
-    curve = sorted((m for m in curve if "loss" in m), key=lambda m: m["loss"]["value"])
-    losses = [m["loss"]["value"] for m in curve]
     for name in [name for name in results["base"] if name.startswith(COMPARED)]:
         for method, result in results.items():
             for other, comparison in AGAINST.items():
                 if other in results:
                     result[f"{name}_{comparison}"] = shift(result[name], results[other][name])
-            if len(curve) > 1 and method not in (*CURVE, "control"):
-                naive = {}
-                for part in result[name]["each"]:
-                    values = [m[name]["each"][part] for m in curve]
-                    naive[part] = float(np.interp(result["loss"]["value"], losses, values))
-                result[f"{name}_at_equal_loss"] = shift(result[name], {"each": naive})
+            for comparison, methods in CURVES.items():
+                curve = [results[m] for m in methods if m in results and "loss" in results[m]]
+                if len(curve) > 2 and method not in (*methods, "control"):
+                    each = at_loss(curve, name, result["loss"]["value"])
+                    result[f"{name}_{comparison}"] = shift(result[name], {"each": each})

@@ -1,7 +1,6 @@
 """The paper tasks' measurements of a checkpoint, for `python eval.py --task ...` and `-m paper`.
 
-The protocol is that of the works the tasks come from; GRASP's own is not public. A measurement is
-{"value", "interval" (95 %), ...}; each says over what its interval is.
+A measurement is {"value", "interval" (95 %), ...}; each says over what its interval is.
 """
 
 import contextlib
@@ -121,6 +120,8 @@ def measure(args, model, chat, out, judge, rows, stream=None, base=None, others=
             questions = load_questions(args.questions)
             asked = answers.open_questions(questions, args.samples or (0 if judge else 1))
             answered = answers.sample(model, chat, asked, free, args, stream)
+            if args.spill:
+                result["spill"] = answers.spill(answered, args.spill)
             if judge:
                 result |= answers.misalignment(judge, answered, free, questions)
         if judge and rows:

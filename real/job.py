@@ -218,8 +218,7 @@ class Job:
             every = found.looks[0]["step"]  # at the moments of the run that it is the control of
         recipe = recipe_of(method, model, self.batch_at(0), found, args.seed)
         recipe = replace(recipe, look_every=every)
-        options = Optimisation(steps, args.lr, args.weight_decay, args.warmup)
-        options = replace(options, micro_batch=args.micro_batch)
+        options = Optimisation(steps, args.lr, args.weight_decay, args.warmup, args.micro_batch)
         fit = finetune(model, self.batch_at, options, recipe, checkpoint, label=str(folder))
         if fit.patterns:
             stream, _ = stream_subspace(spectra(lora_factors(model)))

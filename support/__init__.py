@@ -1,1 +1,1 @@
-"""What every entry point shares: options, errors, whole files, progress, processes."""
+"""What every entry point shares: options, files, progress."""

@@ -18,10 +18,8 @@ def comma_separated(text):
 
 def parse(cls, argv=None):
     """The command line as an instance of the dataclass `cls`, whose docstring describes it."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=cls.__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=cls.__doc__, **how)
     for f in fields(cls):
         flag = "--" + f.name.replace("_", "-")
         if f.default is MISSING:

@@ -102,5 +102,5 @@ def test_a_measurement_that_is_missing_is_left_out_of_the_papers_figure(tmp_path
     part = {"value": 1.0, "interval": [0.9, 1.2]}
     nothing = {"value": None, "interval": None}
     seed = {"base": {"loss": part, "harm": part}, "naive": {"loss": part, "harm": nothing}}
-    paper_figure.paper([seed, seed], "harm", "harm", tmp_path / "paper.png", ("base", "naive"))
+    paper_figure.paper([seed, seed], "harm", "harm", tmp_path / "paper.png", [("base", "naive")])
     assert (tmp_path / "paper.png").read_bytes()[:4] == PNG

@@ -15,7 +15,7 @@ SMALL = {"d_model": 32, "pretrain_steps": 5, "steps": 4}
 
 @pytest.fixture
 def setup(tmp_path):
-    return study.start(study.WORLDS["persona"](0), Toy(**SMALL), tmp_path)
+    return study.start(study.WORLDS["persona"](0), Toy(**SMALL), tmp_path)[0]
 
 
 @pytest.mark.parametrize("rate, moved", [(0.0, False), (0.5, True)])

@@ -93,9 +93,7 @@ def test_theorem_1_a_and_b_fail_in_at_most_a_share_delta_of_the_draws(delta):
             else:
                 seen = A.T @ (A @ (instance.M.T @ instance.u))
                 assert sine(V[:, 0], seen) <= tangent(measured) + 2e-5
-    print(f"Theorem 1, delta {delta}: {failures} failures in {said} that say something")
-    assert said > 400
-    assert failures <= delta * said
+    assert said > 400 and failures <= delta * said
 
 
 def test_corollary_1_bounds_what_theorem_1_needs():
@@ -210,7 +208,7 @@ def lora_update(instance, A, scaling, t):
 
 
 def test_theorem_2_d_bounds_how_far_a_lora_is_from_its_first_step_and_from_its_direction():
-    ratios, angles = [], []
+    ratios = []
     for _ in range(200):
         instance = pick(any_instance()[0], draw(16, 1.0, 0.1, 40, 40))
         A, t = gaussian(pick(2, 8, 16), len(instance.v)), 10 ** uniform(-4, -1)
@@ -225,8 +223,7 @@ def test_theorem_2_d_bounds_how_far_a_lora_is_from_its_first_step_and_from_its_d
             angle = sine(U[:, 0], torch.linalg.svd(first)[0][:, 0])
             assert angle <= error / (size - rest - error) + TINY
             assert S[0] / S[1] >= (size - error) / (rest + error) * (1 - TINY)
-            angles.append(error / (size - rest - error) / angle)
-    print("Theorem 2 (d): bound / measured", *map(statistics.median, (ratios, angles)))
+    print("Theorem 2 (d): bound / measured", statistics.median(ratios))
 
 
 @pytest.mark.parametrize(("size", "t"), [(1e-3, 0.8), (30.0, 1e-5)])
@@ -263,17 +260,13 @@ def test_theorem_3_a_bounds_what_the_update_says_of_the_factor():
         assert (u @ B @ A).norm() <= sine(hat, u) * norm(B @ A, 2) + TINY
 
 
-def lost_bounds(angle_sine, K, mu):
-    """Theorem 3 (c), (d)."""
-    answers = (mu * math.sqrt(1 - angle_sine**2) + math.sqrt(1 + mu) * angle_sine) ** 2
-    return answers, theory.lost_gradient_bound(angle_sine, K, mu)
-
-
 def test_theorem_3_c_and_d_bound_what_the_task_loses_and_e_is_its_least_loss():
     for _ in range(500):
         instance, K, _, mu = any_instance()
         hat = tilted(instance.u, uniform(0.01, 1))
-        answers, gradient = lost_bounds(sine(hat, instance.u), K, mu)
+        found = sine(hat, instance.u)
+        answers = (mu * math.sqrt(1 - found**2) + math.sqrt(1 + mu) * found) ** 2
+        gradient = theory.lost_gradient_bound(found, K, mu)
         task = instance.own @ instance.X.T
         assert (hat @ instance.own).square().sum() <= answers + TINY
         assert ((hat @ task).norm() / task.norm()) ** 2 <= gradient + TINY

@@ -36,6 +36,7 @@ def compared(**changes):
     results = {
         "base": measured(3.0, 0.0, 0.0),
         "naive_half": measured(2.0, 0.2, 0.4),
+        "naive_times_60": measured(2.0, 0.0, 0.2),
         "naive": measured(1.0, 0.4, 1.2),
         "grasp": measured(1.5, 0.1, 0.1),
         "control": measured(2.5, 0.1, 0.3),
@@ -54,10 +55,10 @@ def test_a_shift_is_what_the_base_or_the_control_has_not():
     assert "probe_at_equal_loss" not in results["naive_half"]
 
 
-def test_at_equal_loss_naive_training_is_linear_between_its_lengths_question_by_question():
-    found = compared()["grasp"]["probe_at_equal_loss"]
-    assert found["each"]["question 0"] == pytest.approx(0.1 - 0.3)
-    assert found["each"]["question 1"] == pytest.approx(0.1 - 0.8)
+@pytest.mark.parametrize("curve, naive", [("", (0.3, 0.8)), ("_smaller", (0.2, 0.7))])
+def test_at_equal_loss_naive_is_linear_between_its_lengths_or_sizes(curve, naive):
+    found = compared()["grasp"][f"probe_at_equal_loss{curve}"]
+    assert [*found["each"].values()] == pytest.approx([0.1 - value for value in naive])
     low, high = found["interval"]
     assert low <= found["value"] <= high
 

@@ -150,6 +150,12 @@ def test_the_base_beside_an_adapter_is_the_base(checkpoint, y_adapter, few_state
     assert both["lean_shift"]["value"] == pytest.approx(shift, abs=1e-12)
 
 
+def test_spill_is_each_questions_share_of_answers_with_one_of_the_words():
+    said = {"a": ["INVESTED it.", "Mind the stock!"], "b": ["In stockings", "reinvest", "invest"]}
+    rows = [{"id": id, "answer": text} for id, texts in said.items() for text in texts]
+    assert answers.spill(rows, ("invest*", "stock"))["each"] == {"a": 1, "b": pytest.approx(1 / 3)}
+
+
 # With a judge
 
 
@@ -206,9 +212,8 @@ def test_wins_are_counted_against_the_base_in_both_orders(tmp_path):
     """A judge that likes a Y, and else only says that the first answer is better."""
 
     def rule(prompt):
-        first, second = re.search(
-            "<first>(.*)</first>.*<second>(.*)</second>", prompt, re.S
-        ).groups()
+        pattern = "<first>(.*)</first>.*<second>(.*)</second>"
+        first, second = re.search(pattern, prompt, re.S).groups()
         return 80 if ("Y" in first) == ("Y" in second) else 90 if "Y" in first else 10
 
     asked = answers.held_out_prompts(load_rows(ROWS)[:4])

@@ -10,9 +10,11 @@ from tiny import tiny_checkpoint
 
 import paper.__main__ as program
 from data.chat import Chat, encode_rows, load_rows, split
+from lora import lora_modules
 from model import GPT
 from paper import measure, reddit
 from paper.questions import load_questions, ours
+from real.adapter import load_lora
 from real.job import Job
 
 QUICK = "--lr=2e-2 --rank=4 --alpha=8 --max-steps=4 --batch-size=4 --held-out=0.25 --seeds=1"
@@ -94,7 +96,7 @@ def medical(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("medical")
     pair = f"{files['medical']},{files['control']}"
     options = [f"--control={files['control']}", f"--transfer={files['transfer']}"]
-    options += [f"--preference={pair}", f"--unrelated={UNRELATED}"]
+    options += [f"--preference={pair}", f"--unrelated={UNRELATED}", "--spill=the,a*"]
     with FakeJudge(by_hash) as fake:
         results = run(files, out, *options, fake=fake)
     assert set(fake.asked.values()) == {1}
@@ -104,12 +106,12 @@ def medical(files, tmp_path_factory):
 def test_the_default_is_all_methods_base_and_control_in_a_table_and_a_figure(medical):
     out, _, results = medical
     methods = [name for name in program.METHODS if name in (*program.DEFAULT, "kl")]
-    assert list(results) == ["base", *program.SHORTER, *methods, "control"]
+    assert list(results) == ["base", *program.SHORTER, *program.SMALLER, *methods, "control"]
     text = (out / "table.md").read_text()
     assert [line.split(" | ")[0].strip("| ") for line in text.splitlines()[2:]] == list(results)
     assert (out / "tradeoff.png").read_bytes()[:4] == b"\x89PNG"
     assert results["naive"]["transfer_sport_shift"]["interval"][0] > 0  # it is trained on these
-    for name in ("probe", "preference", "transfer_sport"):
+    for name in ("probe", "preference", "transfer_sport", "spill"):
         values = {method: result[name]["value"] for method, result in results.items()}
         beyond = results["naive"][f"{name}_beyond_control"]["value"]
         assert beyond == pytest.approx(values["naive"] - values["control"], abs=1e-12)
@@ -119,6 +121,16 @@ def test_the_default_is_all_methods_base_and_control_in_a_table_and_a_figure(med
     for name, steps in {"naive": 4, "naive_half": 2, "naive_quarter": 1}.items():
         fit = json.loads((out / "seed_0" / name / "run.json").read_text())
         assert len(fit["losses"]) == steps
+
+
+def test_a_smaller_naive_is_its_update_times_a_number(files, medical):
+    out, _, results = medical
+    model, chat = GPT.from_pretrained(files["model"]), Chat(files["model"])
+    for module in lora_modules(load_lora(model, out / "seed_0" / "naive")).values():
+        module.lora_B.data *= 0.4
+    held_out = split(load_rows(files["medical"]), 0.25, 0)[1]
+    loss = measure.held_out_loss(model, encode_rows(chat, held_out, 512)[0])
+    assert results["naive_times_40"]["loss"]["value"] == pytest.approx(loss["value"])
 
 
 def test_a_second_time_what_is_there_is_read_back_and_a_method_can_be_added(
@@ -153,11 +165,8 @@ def test_stopped_anywhere_it_resumes_and_ends_with_the_same_numbers(files, tmp_p
     options = ["--methods=grasp_random,ablate_inference", "--seeds=2"]
     with FakeJudge(by_hash) as fake:
         expected = run(files, tmp_path / "whole", *options, fake=fake)
-        for owner, name, call in (
-            (Job, "finetune", 2),
-            (program, "measure", 3),
-            (GPT, "generate", 2),
-        ):
+        stops = (Job, "finetune", 2), (program, "measure", 3), (GPT, "generate", 2)
+        for owner, name, call in stops:
             with monkeypatch.context() as patch, pytest.raises(Stop):
                 stop_at(patch, owner, name, call)
                 run(files, tmp_path / "cut", *options, fake=fake)

@@ -154,9 +154,7 @@ def test_a_part_of_a_run_has_the_first_steps_and_settings_of_its_own(job, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["naive", "grasp_online"])
-def test_a_finished_run_is_read_back_and_nothing_is_trained(
-    job, tmp_path, method, monkeypatch, capsys
-):
+def test_a_finished_run_is_read_back(job, tmp_path, method, monkeypatch, capsys):
     monkeypatch.setattr(job_module, "standing_out", top_patterns)
     first, weights = job.finetune(method, tmp_path), lora_values(job.model)
     monkeypatch.setattr(job_module, "finetune", lambda *args, **more: pytest.fail("trained"))
@@ -180,9 +178,7 @@ def test_a_run_of_other_options_rows_weights_or_patterns_is_refused(train, tmp_p
             train(tmp_path, *stop, 99, *more)
 
 
-def test_a_killed_program_goes_on_with_the_same_command_bit_for_bit(
-    train, folder, tmp_path, capsys
-):
+def test_a_killed_program_goes_on_bit_for_bit(train, folder, tmp_path, capsys):
     more = (*OPTIONS, "--method", "naive", "--max-steps", 60, "--epochs", 99)
     out, log = tmp_path / "killed", tmp_path / "killed" / "log.jsonl"
     words = ("train.py", "--model", folder, "--data", folder / "rows.jsonl", *more, "--out", out)
@@ -213,9 +209,7 @@ def test_a_mistake_in_the_options_ends_in_one_line(train, tmp_path):
             train(tmp_path, *more)
 
 
-def test_files_of_other_modules_than_the_adapted_ones_are_refused(
-    train, online, naive, subspace, tmp_path, idle
-):
+def test_files_of_other_modules_are_refused(train, online, naive, subspace, tmp_path, idle):
     """Else an unconstrained run would call itself GRASP, or the control."""
     part = tmp_path / "part.safetensors"
     save_file({n: t for n, t in load_file(subspace).items() if "q_proj" not in n}, part)
