@@ -46,7 +46,7 @@ def baseline(method, model, batch, found, seed=0):
         raise ValueError(f"method '{method}' needs {words}")
     if method == "grasp_random":
         return Recipe(look=random_looks(found.looks, seed), sides=found.sides)
-    if method == "grasp_gradient_only":  # by the letter of the abstract: AdamW's steps are free
+    if method == "grasp_gradient_only":  # the abstract's, as we read it: AdamW's steps are free
         return Recipe(patterns=found.patterns, sides=found.sides, project="gradient")
     if method == "ablate_train":  # Concept Ablation Fine-Tuning
         return Recipe(during=ablation(model, found.stream))
