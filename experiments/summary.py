@@ -1,13 +1,10 @@
-"""Many seeds' results.json in one small file, and a figure: what docs/results keeps."""
+"""Many seeds' results.json in one small file: what docs/results keeps."""
 
 import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-import numpy as np
-
-from experiments.figures import panels, save, style
 from support.files import write_json
 from support.options import option, parse, run
 
@@ -37,25 +34,12 @@ def summarised(result):
     return {**found, "patterns": sum(map(sum, joined))}
 
 
-def profile(methods, path):
-    """{method: {measurement: {"mean", "sd"}}}: one column a rate, one mark a method."""
-    rates = [name for name in methods["base"] if name not in ("loss", "seconds")]
-    figure, axis = panels(1, 1.8 * len(rates) + 3, 3.8)
-    for i, (method, measured) in enumerate(methods.items()):
-        colour, marker, label = style(method)
-        mean, sd = ([measured[rate][key] for rate in rates] for key in ("mean", "sd"))
-        x = np.arange(len(rates)) + 0.8 * (i + 0.5) / len(methods) - 0.4
-        axis.errorbar(x, mean, sd, None, marker, c=colour, ms=8, mec="k", lw=0.8, label=label)
-    axis.set(xticks=range(len(rates)), xticklabels=rates, ylim=(-0.05, 1.05), ylabel="mean ± s.d.")
-    save(figure, path, axis)
-
-
 @dataclass(frozen=True)
 class Arguments:
     """Summarise the seeds under a folder that `python grasp.py --seeds N --out FOLDER` wrote."""
 
     folder: str = option(MISSING, "the folder with seed_*/results.json")
-    out: str = option("summary.json", "the file to write; its figure stands beside it")
+    out: str = option("summary.json", "the file to write")
 
 
 def main():
@@ -68,8 +52,7 @@ def main():
     summary = {"seeds": [found["seed"] for found in runs], "config": runs[0]["config"]}
     summary |= combine(spread, [summarised(found) for found in runs])
     write_json(args.out, summary)
-    profile(summary["methods"], Path(args.out).with_suffix(".png"))
-    print(f"wrote {args.out} and its figure: {len(runs)} seeds")
+    print(f"wrote {args.out}: {len(runs)} seeds")
 
 
 if __name__ == "__main__":
