@@ -12,8 +12,6 @@ from safetensors.torch import load_file, save_file
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-KINDS = ("gpt2", "llama", "qwen2_tied", "qwen2_untied", "qwen3")
-
 GPT2 = {
     "n_embd": 36,
     "n_layer": 3,
@@ -43,24 +41,22 @@ ROTARY = {
 }
 
 
+SHAPES = {
+    "gpt2": GPT2,
+    "llama": {**ROTARY, "tie_word_embeddings": True},
+    "qwen2_tied": {**ROTARY, "tie_word_embeddings": True},
+    "qwen2_untied": {**ROTARY, "tie_word_embeddings": False},
+    "qwen3": {**ROTARY, "head_dim": 14, "tie_word_embeddings": False},
+}
+KINDS = tuple(SHAPES)
+
+
 def make(kind, folder, seed=0, shard="50GB", **changes):
     """Save a checkpoint of `kind` in `folder`; returns the transformers model, in eval mode."""
     torch.manual_seed(seed)
-    if kind == "gpt2":
-        config = transformers.GPT2Config(**{**GPT2, **changes})
-        model = transformers.GPT2LMHeadModel(config)
-    elif kind == "llama":
-        tied = {"tie_word_embeddings": True}
-        config = transformers.LlamaConfig(**{**ROTARY, **tied, **changes})
-        model = transformers.LlamaForCausalLM(config)
-    elif kind == "qwen3":
-        own = {"head_dim": 14, "tie_word_embeddings": False}
-        config = transformers.Qwen3Config(**{**ROTARY, **own, **changes})
-        model = transformers.Qwen3ForCausalLM(config)
-    else:
-        tied = {"tie_word_embeddings": kind == "qwen2_tied"}
-        config = transformers.Qwen2Config(**{**ROTARY, **tied, **changes})
-        model = transformers.Qwen2ForCausalLM(config)
+    family = kind.split("_")[0]
+    config = transformers.AutoConfig.for_model(family, **{**SHAPES[kind], **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.1 if p.dim() > 1 else 0.3))
