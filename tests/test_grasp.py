@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from toys import call, command
+from toys import command
 
 import grasp
 from baselines.methods import METHODS
@@ -61,14 +61,12 @@ def test_the_control_joins_at_the_same_moments_and_curves_end_with_the_tables_nu
         assert curve[-1] == [steps, values["misalignment"], values["task"]]
 
 
-def test_the_table_and_the_figures_are_there(quick):
-    out, printed, results = quick
+def test_the_table_has_a_row_for_each_method(quick):
+    _, printed, results = quick
     for method, values in results["methods"].items():
         lines = [line.split() for line in printed.splitlines() if line.startswith(method + " ")]
         expected = [f"{values[column]:.3f}" for column in (*RATES, "loss", "seconds")]
         assert lines == [[method, *expected]]
-    for name in ("spectrum.png", "training.png", "tradeoff.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_same_seed_gives_the_same_numbers_whatever_else_runs(quick, tmp_path):
@@ -81,30 +79,8 @@ def test_the_same_seed_gives_the_same_numbers_whatever_else_runs(quick, tmp_path
     assert after["identification"] == before["identification"]
 
 
-def test_of_several_seeds_a_finished_one_is_read_back(quick, tmp_path, monkeypatch, capsys):
-    seeds = []
-
-    def experiment(world, toy, seed, methods, folder):
-        seeds.append(seed)
-        return {key: value for key, value in quick[2].items() if key not in ("seed", "config")}
-
-    monkeypatch.setattr(grasp, "experiment", experiment)
-    for n, expected in ((2, [5, 6]), (3, [5, 6, 7])):
-        call(monkeypatch, grasp.main, "--quick", "--seed", 5, "--seeds", n, "--out", tmp_path)
-        assert seeds == expected
-    assert "±" in capsys.readouterr().out
-    assert len(list(tmp_path.glob("seed_*/results.json"))) == 3
-
-
 @pytest.mark.parametrize("name", WORLDS)
 def test_every_world_has_settings(name):
     for quick in (False, True):
         world, toy = grasp.settings(grasp.Arguments(world=name, quick=quick), seed=3)
         assert world.seed == 3 and toy.targets == ("o_proj", "down_proj")
-
-
-def test_a_users_mistake_is_named(quick, monkeypatch):
-    mistakes = {"--methods": "method magic, expected", "--targets": "target 'naive' matches no"}
-    for option, message in mistakes.items():
-        with pytest.raises(ValueError, match=message):
-            call(monkeypatch, grasp.main, "--quick", "--out", quick[0], option, "naive,magic")

@@ -23,9 +23,9 @@ class Toy:
 
 def experiment(world, toy, seed, methods, folder):
     rates = {"task": 1.0, "kept": 1.0, "loss": 0.5}
-    values = {method: MISALIGNMENT.get(method, (0.5, 0.5))[seed] for method in ("base", *methods)}
+    values = {name: MISALIGNMENT.get(name, (0.5, 0.5))[seed - 7] for name in ("base", *methods)}
     measured = {method: {"misalignment": value, **rates} for method, value in values.items()}
-    look = {"step": 10, "spike": {"layers.0.o_proj": 2.0}, "joined": {"layers.0.o_proj": 1 + seed}}
+    look = {"step": 10, "spike": {"layers.0.o_proj": 2.0}, "joined": {"layers.0.o_proj": seed - 6}}
     return {
         "methods": measured,
         "longer": {method: measured[method] for method in MISALIGNMENT},
@@ -39,7 +39,7 @@ def experiment(world, toy, seed, methods, folder):
 
 def run(out, *methods, seeds=2, longer=3, experiment=experiment):
     """Run seeds as grasp.py does; return the results.json of each."""
-    args = Namespace(methods=methods, out=out, seed=0, seeds=seeds, world="fake")
+    args = Namespace(methods=methods, out=out, seed=7, seeds=seeds, world="fake")
     report.run_seeds(args, lambda args, seed: (Toy(seed), Toy(seed, longer)), experiment)
     return [json.loads(path.read_text()) for path in sorted(out.glob("seed_*/results.json"))]
 
@@ -51,14 +51,14 @@ def never(*arguments):
 def test_seeds_on_disk_are_read_back_and_run_again_as_a_whole_for_another_method(tmp_path):
     first = run(tmp_path, "kl")
     assert run(tmp_path, experiment=never) == first
-    (tmp_path / "seed_1" / "results.json").unlink()
+    (tmp_path / "seed_8" / "results.json").unlink()
     for results in run(tmp_path, "early_stop"):  # all seeds get what any has
         assert results["methods"].keys() == {*first[0]["methods"], "early_stop"}
 
 
 def test_other_settings_and_unknown_methods_are_refused(tmp_path):
     first = run(tmp_path)
-    with pytest.raises(ValueError, match="seed_0.*other settings"):
+    with pytest.raises(ValueError, match="seed_7.*other settings"):
         run(tmp_path, longer=2)
     with pytest.raises(ValueError, match="method magic, expected some of naive"):
         run(tmp_path, "magic")
@@ -86,7 +86,7 @@ def test_a_summary_has_the_spread_over_seeds_and_each_seeds_own_difference(tmp_p
     differences = 0.7 - 0.1, 0.9 - 0.2
     error = (differences[1] - differences[0]) / math.sqrt(2) / math.sqrt(2)
     assert (paired["mean"], paired["se"]) == pytest.approx((0.65, error), rel=1e-4)
-    assert (found["seeds"], found["patterns"]["mean"]) == ([0, 1], 1.5)
+    assert (found["seeds"], found["patterns"]["mean"]) == ([7, 8], 1.5)
 
 
 def test_every_method_has_a_look_of_its_own_and_the_abstracts_and_ours_are_named():
