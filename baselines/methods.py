@@ -57,7 +57,7 @@ def baseline(method, model, batch, found, seed=0):
         return Recipe(penalty=lambda: found.kl_weight * kl_to_base(model, *found.unrelated))
     if method == "early_stop":  # at grasp_online's loss: what would less training alone do?
         return Recipe(stop_below=found.loss)
-    return Recipe()  # ablate_inference: a naive run, ablated while it answers (grasp.py, paper/)
+    return Recipe()  # ablate_inference: a naive run, ablated where it is measured
 
 
 def random_looks(looks, seed):

@@ -1,11 +1,12 @@
 """Fine-tunes of a checkpoint that build on one another: what `grasp.py --model` does."""
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
 from baselines.methods import METHODS, Found
-from baselines.stream import stream_subspace
+from baselines.stream import ablation, stream_subspace
 from identify import identify, spectra
 from lora import lora_factors
 from real.adapter import load_patterns, save_patterns
@@ -65,7 +66,9 @@ def main():
     results["held_out_loss"]["base"] = job.held_out_loss()
     for method in methods:  # naive and what `fit` identifies in it, GRASP kept off that, the others
         trained, found = fit(job, method, out / method, found, args.pattern_rank)
-        results["held_out_loss"][method], results["leak"][method] = job.report(trained, method)
+        ablated = method == "ablate_inference"  # a naive run, with hooks while it is measured
+        with ablation(job.model, found.stream) if ablated else nullcontext():
+            results["held_out_loss"][method], results["leak"][method] = job.report(trained, method)
         results["looks"][method] = trained.looks
         write_json(out / "results.json", results)
     print("held-out loss", {m: round(loss, 4) for m, loss in results["held_out_loss"].items()})

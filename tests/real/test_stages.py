@@ -47,6 +47,7 @@ def test_every_method_leaves_a_run_that_has_learned_and_grasp_leaks_nothing(out)
     for method in METHODS:
         assert (out / method / "run.json").exists()
         assert method == "ablate_train" or losses[method] < losses["base"]
+    assert losses["ablate_inference"] > losses["naive"] + 0.01  # it is measured under ablation
     held = {"grasp", "grasp_online", "grasp_random"}
     assert {name for name, leak in leaks.items() if leak > 0} == {*held, "grasp_gradient_only"}
     assert max(leaks[name] for name in held) < 1e-6 and leaks["grasp_gradient_only"] > 1e-3
