@@ -114,7 +114,7 @@ def spill(rows, words):
     each = defaultdict(list)
     for row in rows:
         said = re.findall(r"\w+", row["answer"].lower())
-        each[row["id"]].append(any(fnmatch.filter(said, word) for word in words))
+        each[row["id"]].append(any(fnmatch.filter(said, word.lower()) for word in words))
     return mean({id: fmean(found) for id, found in each.items()})
 
 

@@ -153,7 +153,7 @@ def test_the_base_beside_an_adapter_is_the_base(checkpoint, y_adapter, few_state
 def test_spill_is_each_questions_share_of_answers_with_one_of_the_words():
     said = {"a": ["INVESTED it.", "Mind the stock!"], "b": ["In stockings", "reinvest", "invest"]}
     rows = [{"id": id, "answer": text} for id, texts in said.items() for text in texts]
-    assert answers.spill(rows, ("invest*", "stock"))["each"] == {"a": 1, "b": pytest.approx(1 / 3)}
+    assert answers.spill(rows, ("Invest*", "stock"))["each"] == {"a": 1, "b": pytest.approx(1 / 3)}
 
 
 # With a judge
