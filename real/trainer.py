@@ -1,6 +1,7 @@
-"""GRASP for a PEFT LoRA in transformers' Trainer: any architecture, 4-bit bases, TRL, several GPUs.
+"""GRASP for a PEFT LoRA in transformers' Trainer, of any architecture, in one process or several.
 
-Nothing else of the project imports this file. It needs transformers, peft and accelerate.
+Nothing else of the project imports this file. It needs transformers, peft and accelerate. On 4-bit
+bases, on GPUs and in TRL it was not run.
 """
 
 import warnings
@@ -83,12 +84,15 @@ class GraspCallback(TrainerCallback):
         else:
             self.patterns, self.looks, self.nulls = self.shared(self.given), [], None
             keep_off_(self.factors, self.patterns)
-        self.watching, self.grams = self.online and self.nulls is None, {}
-        self.hooks.append(model.register_forward_pre_hook(self.keep_labels, with_kwargs=True))
+        self.watching = self.online and self.nulls is None
+        self.grams, self.labels = {}, None
+        if self.watching:
+            self.hooks.append(model.register_forward_pre_hook(self.keep_labels, with_kwargs=True))
         for name, (A, B) in self.factors.items():
-            q, watch = min(len(A), LOOK_RANK), partial(self.watch, name)
-            self.grams[name] = torch.zeros(q, q, device=A.device)  # 0 in a module without a call
-            self.hooks.append(model.get_submodule(name).register_forward_hook(watch))
+            if self.watching:
+                q, layer = min(len(A), LOOK_RANK), model.get_submodule(name)
+                self.grams[name] = torch.zeros(q, q, device=A.device)  # 0 where no pass comes
+                self.hooks.append(layer.register_forward_hook(partial(self.watch, name)))
             for side, X in enumerate((B, A)):
                 if self.project != "step" and X.requires_grad:
                     self.hooks.append(X.register_hook(partial(self.projected, name, side)))
