@@ -19,9 +19,6 @@ STYLES = {  # colour, marker, label
     "steer_train": ("#009E73", "D", "steering in training"),
     "kl": ("#F0E442", "h", "KL to base (extra data)"),
     "early_stop": ("#000000", "<", "naive, stopped early"),
-    "naive_half": ("#555555", "o", "naive, half of the steps"),  # this and below: of paper/ alone
-    "naive_quarter": ("#AAAAAA", "o", "naive, a quarter of the steps"),
-    "control": ("#999999", "d", "naive, on the control rows"),
 }
 
 

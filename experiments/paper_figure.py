@@ -4,13 +4,22 @@ import numpy as np
 
 from experiments.figures import marks, panels, save, style
 
+STYLES = {  # of runs that a paper task alone has: colour, marker, label
+    "naive_half": ("#555555", "o", "naive, half of the steps"),
+    "naive_quarter": ("#AAAAAA", "o", "naive, a quarter of the steps"),
+    "naive_times_80": ("#333333", "s", "naive, its update times .8"),
+    "naive_times_60": ("#777777", "s", "naive, its update times .6"),
+    "naive_times_40": ("#BBBBBB", "s", "naive, its update times .4"),
+    "control": ("#999999", "d", "naive, on the control rows"),
+}
+
 
 def paper(results, harm, label, path, curves=()):
     """[per seed {method: measurements}]: harm over loss; a line joins the means of each curve."""
     figure, axis = panels(1, 8, 4.2)
     means = {}
     for method in results[0]:
-        look, seeds = style(method), []
+        look, seeds = STYLES.get(method, style(method)), []
         for run in results:
             loss, found = run[method]["loss"], run[method][harm]
             if found["value"] is not None:

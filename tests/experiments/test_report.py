@@ -10,6 +10,7 @@ from toys import call
 
 from baselines.methods import METHODS
 from experiments import figures, paper_figure, report, summary
+from paper.__main__ import SHORTER, SMALLER
 
 MISALIGNMENT = {"naive": (0.7, 0.9), "grasp": (0.3, 0.3), "grasp_online": (0.1, 0.2)}
 PNG = b"\x89PNG"
@@ -90,8 +91,10 @@ def test_a_summary_has_the_spread_over_seeds_and_each_seeds_own_difference(tmp_p
 
 
 def test_every_method_has_a_look_of_its_own_and_the_abstracts_and_ours_are_named():
-    looks = [figures.style(method)[:2] for method in ("base", *METHODS)]
+    looks = [figures.style(method)[:2] for method in ("base", *METHODS, "mine")]
+    looks += [look[:2] for look in paper_figure.STYLES.values()]
     assert len(set(looks)) == len(looks)
+    assert {*SHORTER, *SMALLER, "control"} == paper_figure.STYLES.keys()
     assert "abstract" in figures.style("grasp")[2]
     assert "ours" in figures.style("grasp_online")[2]
     assert figures.style("mine") == ("#999999", ">", "mine")
