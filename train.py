@@ -159,6 +159,11 @@ def finetune(model, batch_at, options, recipe=None, checkpoint=None, label="fine
     return fit
 
 
+def steps_between_looks(steps):
+    """The default on real models: some 30 looks in a run of `steps`, one in 10 at least."""
+    return min(max(steps // 30, 1), 10)
+
+
 def look_entry(step, svds, found):
     """A look as the log and the results have it."""
     return {

@@ -19,7 +19,7 @@ from real.adapter import load_lora, load_patterns, save_lora, save_patterns
 from real.checkpoint import Checkpoint
 from support.files import reading
 from support.options import option
-from train import SIDES, Fit, Optimisation, Recipe, finetune
+from train import SIDES, Fit, Optimisation, Recipe, finetune, steps_between_looks
 
 NEEDS = {"grasp": "patterns"} | {name: x for name, (x, _) in BASELINES.items() if x}
 
@@ -213,7 +213,7 @@ class Job:
             patterns = load_patterns(kept_off, model)[0] if kept_off.exists() else {}
             print(f"{folder}: a finished run, read back")
             return Fit(run["losses"], run["looks"], patterns)
-        every = args.look_every or min(max(steps // 30, 1), 10)
+        every = args.look_every or steps_between_looks(steps)
         if method == "grasp_random" and found.looks:
             every = found.looks[0]["step"]  # at the moments of the run that it is the control of
         recipe = recipe_of(method, model, self.batch_at(0), found, args.seed)

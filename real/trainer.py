@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from identify import LOOK_RANK, identify, join, look_spectra, solvable, spectra, standing_out
-from train import held, keep_off_, look_entry, project_
+from train import held, keep_off_, look_entry, project_, steps_between_looks
 
 
 def peft_factors(model):
@@ -125,7 +125,7 @@ class GraspCallback(TrainerCallback):
         if self.watching:
             grams, self.watching = reduce(self.grams), False  # the mean over processes
             self.nulls = {n: torch.linalg.svdvals(solvable(G)).sqrt() for n, G in grams.items()}
-        every = self.look_every or max(min(state.max_steps // 30, 10), 1)
+        every = self.look_every or steps_between_looks(state.max_steps)
         if self.online and (state.global_step + 1) % every == 0:
             svds = look_spectra(self.factors)
             found = self.shared(standing_out(svds, self.nulls))
