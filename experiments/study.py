@@ -162,9 +162,6 @@ class Arguments:
     seeds: int = option(3, "how many")
     world: str = option("persona", "the synthetic world", tuple(WORLDS))
     targets: str = option("writers", "the modules that are adapted", tuple(TARGETS))
-    rank: int = option(16, "of the LoRA")
-    queries: int = option(16, "K, the narrow rows")
-    rho: float = option(-1.0, "the share of narrow rows answered badly (-1: the world's own)")
     only: str = option("", "the variants whose name this regular expression finds")
     out: str = option("out/study", "output folder; shares the pretrained bases with grasp.py")
 
@@ -174,9 +171,8 @@ def main():
     args = parse(Arguments)
     torch.set_num_threads(1)  # as grasp.py does
     variants = [variant for variant in VARIANTS if re.search(args.only, variant.name)]
-    toy = replace(Toy(), targets=TARGETS[args.targets], rank=args.rank)
-    changes = {"n_queries": args.queries} | ({"rho": args.rho} if args.rho >= 0 else {})
-    cell_name = f"{args.world}, {args.targets}, rank {args.rank}, {changes}"
+    toy = replace(Toy(), targets=TARGETS[args.targets])
+    cell_name = f"{args.world}, {args.targets}"
     path = Path(args.out) / "study.json"
     whole = json.loads(path.read_text()) if path.exists() else {}
     rows = whole.setdefault(cell_name, {})
@@ -184,7 +180,7 @@ def main():
     for seed in progress(seeds, "seeds"):
         missing = [v for v in variants if str(seed) not in rows.setdefault(v.name, {})]
         if missing:
-            world = replace(WORLDS[args.world](seed), **changes)
+            world = WORLDS[args.world](seed)
             setup, svds = start(world, replace(toy, **world.toy), args.out)
         for variant in missing:
             rows[variant.name][str(seed)] = measure(variant, setup, svds, ("longer", "usual"))
