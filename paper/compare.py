@@ -51,8 +51,7 @@ def share(k, n):
 def mean(each):
     """The mean of {name: value}, with a bootstrap interval over the names."""
     values = list(each.values())
-    average = sum(values) / len(values)
-    return {"value": average, "interval": bootstrap_interval(values), "each": each}
+    return {"value": fmean(values), "interval": bootstrap_interval(values), "each": each}
 
 
 def shift(found, base):
