@@ -58,6 +58,7 @@ def test_the_same_command_reads_every_run_back(out, options, monkeypatch, capsys
     monkeypatch.setattr(job_module, "finetune", lambda *args, **more: pytest.fail("trained"))
     after = run(options, out, "--methods", ",".join(METHODS))
     assert after["held_out_loss"] == before["held_out_loss"] and after["looks"] == before["looks"]
+    assert after["leak"] == pytest.approx(before["leak"], rel=1e-3, abs=1e-6)
     assert "grasp_online: loss" in capsys.readouterr().out
 
 
