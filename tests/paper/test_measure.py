@@ -255,18 +255,15 @@ def test_answers_end_at_every_stop_id_and_have_no_special_token(loaded, monkeypa
     assert seen["n"] == 600 and seen["widest"] == 2048 - 600  # a long prompt is cut
 
 
-def asked_of(n):
-    return answers.open_questions(load_questions()[:4], n)  # 8 paraphrases
-
-
 def test_answers_of_another_model_or_setting_are_sampled_anew(loaded, y_adapter, tmp_path):
     model, chat = loaded
     path, args = tmp_path / "answers.jsonl", Arguments(max_new_tokens=2)
+    asked = answers.open_questions(load_questions()[:4], 1)
     Q = torch.eye(model.config.d_model)[:, :1]
     variants = [(args, None), (Arguments(max_new_tokens=2, seed=1), None), (args, Q)]
-    found = [answers.sample(model, chat, asked_of(1), path, *variant) for variant in variants]
+    found = [answers.sample(model, chat, asked, path, *variant) for variant in variants]
     measure.load_lora(model, y_adapter)
-    found.append(answers.sample(model, chat, asked_of(1), path, args))
+    found.append(answers.sample(model, chat, asked, path, args))
     assert len({rows[0]["by"] for rows in found}) == 4
     assert read_lines(path) == found[-1]
 

@@ -73,18 +73,14 @@ def run(files, out, *options, task="medical", fake=None):
     return json.loads((out / "results.json").read_text())["seeds"]["0"]
 
 
-class Stop(Exception):
-    """What a test stops a run with."""
-
-
 def stop_at(patch, owner, name, call=1):
-    """At its given call, the function raises Stop."""
+    """At its given call, the function raises KeyboardInterrupt."""
     original, calls = getattr(owner, name), []
 
     def stops(*args, **options):
         calls.append(1)
         if len(calls) == call:
-            raise Stop
+            raise KeyboardInterrupt
         return original(*args, **options)
 
     patch.setattr(owner, name, stops)
@@ -167,7 +163,7 @@ def test_stopped_anywhere_it_resumes_and_ends_with_the_same_numbers(files, tmp_p
         expected = run(files, tmp_path / "whole", *options, fake=fake)
         stops = (Job, "finetune", 2), (program, "measure", 3), (GPT, "generate", 2)
         for owner, name, call in stops:
-            with monkeypatch.context() as patch, pytest.raises(Stop):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 stop_at(patch, owner, name, call)
                 run(files, tmp_path / "cut", *options, fake=fake)
         assert run(files, tmp_path / "cut", *options, fake=fake) == expected

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_checkpoint
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from toys import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from identify import LOOK_RANK, identify, leak, spectra, standing_out
@@ -22,7 +23,6 @@ from real.job import input_nulls
 from real.trainer import GraspCallback, peft_factors, peft_patterns
 from train import Optimisation, Recipe, finetune
 
-ROOT = Path(__file__).parents[2]
 BATCH, STEPS, EVERY = 4, 9, 2
 OPTIONS = Optimisation(STEPS, lr=2e-3, warmup=3)  # the gradient's norm is over `clip`
 
