@@ -55,7 +55,7 @@ class Training(Input):
     max_steps: int = option(0, "end the schedule at this many steps (0: after the epochs)")
     look_every: int = option(0, "steps between looks (0: some 30 a run, one in 10 steps at least)")
     sides: str = option("both", "of each pattern that are held: UᵀB = 0, A V = 0, or both", SIDES)
-    unrelated: str = option("", "JSONL file of unrelated chat rows, for the method kl")
+    unrelated: str = option("", "JSONL file of unrelated chat rows: kl takes one batch of them")
     checkpointing: bool = option(False, "recompute activations in backward: less memory")
 
 
