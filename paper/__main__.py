@@ -115,7 +115,7 @@ def settings(args, judge):
     config |= {"judge": judge and judge.model, "contents": {}}  # a URL may carry a key, or change
     paths = (args.model, args.data, args.control, args.unrelated, args.questions)
     for path in map(Path, filter(None, (*paths, *args.transfer, *args.preference))):
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        for file in filter(Path.is_file, sorted(path.iterdir()) if path.is_dir() else [path]):
             config["contents"][str(file)] = file.stat().st_size, file.stat().st_mtime_ns
     return json.loads(json.dumps(config))
 
@@ -136,6 +136,8 @@ def other_answers(args):
     if args.control:
         same_prompts(args.control, args.data)
     others = [(f"transfer_{Path(path).stem}", load_rows(path), []) for path in args.transfer]
+    if len({name for name, *_ in others}) < len(others):
+        raise ValueError("--transfer: expected files of different names")
     if args.preference:
         if len(args.preference) != 2:
             raise ValueError("--preference: expected two files, of unwanted answers and of others")

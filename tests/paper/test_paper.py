@@ -197,6 +197,8 @@ def test_the_political_loss_is_on_neutral_answers_and_the_control_is_trained_on_
         (["--methods=kl"], "needs --unrelated"),
         (["--control={neutral}"], "expected the prompts of"),
         (["--preference={control}"], "--preference: expected two files"),
+        (["--transfer={transfer},{transfer}"], "--transfer: expected files of different names"),
+        (["--model=Qwen/Qwen3-0.6B"], "no such file .from the Hub: hf download"),
     ],
 )
 def test_a_mistake_ends_before_anything_is_done(files, tmp_path, options, message):
