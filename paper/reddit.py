@@ -86,6 +86,7 @@ def usable(path, kind, texts, args, dropped, why_not=lambda row: {}):
 
     texts: the text's fields, the body last. why_not(row): {reason: whether it holds}.
     """
+    wanted = {name.lower() for name in args.subreddits}
     least = args.min_chars if kind == "answer" else 1
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
@@ -93,7 +94,7 @@ def usable(path, kind, texts, args, dropped, why_not=lambda row: {}):
                 row = json.loads(line)
                 id, author, body = row["id"], row["author"].lower(), row[texts[-1]]
                 against = {
-                    "another subreddit": row["subreddit"].lower() not in args.subreddits,
+                    "another subreddit": row["subreddit"].lower() not in wanted,
                     "deleted or removed": GONE.fullmatch(author) or GONE.fullmatch(body.strip()),
                     "by a bot": author.endswith(("bot", "automoderator")) or BOT.search(body),
                     "low score": row["score"] < args.min_score,

@@ -82,6 +82,8 @@ def adapter_factors(folder):
 
 def load_lora(model, folder):
     """Attach the PEFT adapter in `folder`; return the model. ValueError if made for another one."""
+    if lora_modules(model):
+        raise ValueError("the model has a LoRA already; remove it first")
     names = {model.path_in_transformers(n): n for n in matching_linears(model, "all-linear")}
     model.requires_grad_(False)
     for path, (A, B, alpha, rslora) in read_adapter(folder).items():

@@ -66,7 +66,7 @@ class Arguments(Training):
     method: str = option("grasp_online", "what is added to the loop", METHODS)
     subspace: str = option("", "file of patterns that identify.py writes, for grasp and others")
     looks: str = option("", "run.json of a grasp_online run, for grasp_random")
-    until_loss: float = option(0.0, "the training loss at which early_stop ends")
+    until_loss: float = option(0.0, "early_stop ends at the first batch with a loss this low")
 
 
 def found_in(args, model):

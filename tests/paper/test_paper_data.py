@@ -148,7 +148,7 @@ def test_the_command_writes_chat_rows_and_names_a_mistake(tmp_path, monkeypatch,
     monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(ValueError, match="expected --submissions, --comments, --lean and --out"):
         reddit.main()
-    argv.append(f"--lean={FIXTURES / 'authors.csv'}")
+    argv += [f"--lean={FIXTURES / 'authors.csv'}", "--subreddits=PersonalFinance"]
     reddit.main()
     rows = read_lines(tmp_path / "right_skewed.jsonl")
     assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]
