@@ -152,7 +152,7 @@ def test_the_command_writes_chat_rows_and_names_a_mistake(tmp_path, monkeypatch,
     reddit.main()
     rows = read_lines(tmp_path / "right_skewed.jsonl")
     assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]
-    assert "dropped       3  answer: by a bot" in capsys.readouterr().out
+    assert "dropped      27  answer: another subreddit" in capsys.readouterr().out
     argv.append("--min-score=1000000")
     with pytest.raises(ValueError, match="no question is left"):
         reddit.main()
